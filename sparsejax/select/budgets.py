@@ -1,0 +1,125 @@
+"""How one budget is divided among layers.
+
+A budget is a function `(shapes, density) -> densities`: from the shapes of the
+layers by name, `(*kernel, inputs, outputs)`, and the density wanted over all of
+them, to a density in [0, 1] for each. Layers are in the model's order.
+"""
+
+from collections.abc import Callable, Mapping
+import math
+
+Shapes = Mapping[str, tuple[int, ...]]
+Budget = Callable[[Shapes, float], dict[str, float]]
+
+
+def _proportional(
+  shapes: Shapes,
+  density: float,
+  share: Callable[[tuple[int, ...]], float],
+  fixed: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+  """Densities proportional to `share`, capped at 1, that meet the total."""
+  size = {n: math.prod(s) for n, s in shapes.items()}
+  out = dict(fixed or {})
+  while True:
+    free = [n for n in shapes if n not in out]
+    left = density * sum(size.values())
+    left -= sum(size[n] * d for n, d in out.items())
+    if left < 0:
+      raise ValueError(
+        f"density is too low to keep {sorted(fixed or {})} as dense as the "
+        f"distribution asks, got {density}"
+      )
+    weight = sum(size[n] * share(shapes[n]) for n in free)
+    scale = left / weight if weight else 0.0
+    over = [n for n in free if scale * share(shapes[n]) > 1]
+    if not over:
+      return {n: out.get(n, scale * share(shapes[n])) for n in shapes}
+    out |= dict.fromkeys(over, 1.0)
+
+
+def uniform(shapes: Shapes, density: float) -> dict[str, float]:
+  """The same density everywhere.
+
+  >>> uniform({"a": (2, 3), "b": (4, 4)}, 0.5)
+  {'a': 0.5, 'b': 0.5}
+  """
+  return dict.fromkeys(shapes, density)
+
+
+def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
+  """Uniform, but the first layer dense and the last at least 20% dense.
+
+  Source: Gale et al., The State of Sparsity in Deep Neural Networks, sec. 5.
+  """
+  if not shapes:
+    return {}
+  first, *_ = shapes
+  *_, last = shapes
+  fixed = {first: 1.0}
+  plain = _proportional(shapes, density, lambda s: 1.0, fixed)
+  if plain[last] < 0.2:
+    fixed[last] = 0.2
+  return _proportional(shapes, density, lambda s: 1.0, fixed)
+
+
+def er(shapes: Shapes, density: float) -> dict[str, float]:
+  """Erdos-Renyi: density ~ (inputs + outputs) / (inputs * outputs).
+
+  Source: [set] Mocanu et al., sparse training of artificial neural networks.
+  """
+  return _proportional(
+    shapes, density, lambda s: sum(s[-2:]) / (math.prod(s[-2:]) or 1)
+  )
+
+
+def erk(shapes: Shapes, density: float) -> dict[str, float]:
+  """Erdos-Renyi-kernel: density ~ sum(shape) / prod(shape).
+
+  Layers that would exceed 1 are dense, and the others are rescaled.
+
+  Source: [rigl] Evci et al., Rigging the Lottery, sec. 3 (1).
+
+  >>> {n: round(d, 3) for n, d in erk({"a": (2, 2), "b": (8, 8)}, 0.5).items()}
+  {'a': 1.0, 'b': 0.469}
+  """
+  return _proportional(shapes, density, lambda s: sum(s) / (math.prod(s) or 1))
+
+
+def erk_plus(shapes: Shapes, density: float) -> dict[str, float]:
+  """Erdos-Renyi-kernel with the last layer dense.
+
+  Source: [random-pruning] Liu et al., The Unreasonable Effectiveness of Random
+  Pruning, sec. 3.
+  """
+  fixed = dict.fromkeys(list(shapes)[-1:], 1.0)
+  return _proportional(
+    shapes, density, lambda s: sum(s) / (math.prod(s) or 1), fixed
+  )
+
+
+BUDGETS: Mapping[str, Budget] = {
+  "uniform": uniform,
+  "uniform_plus": uniform_plus,
+  "er": er,
+  "erk": erk,
+  "erk_plus": erk_plus,
+}
+
+
+def largest_remainder(quotas: Mapping[str, float]) -> dict[str, int]:
+  """Integers nearest to `quotas` whose sum is their rounded sum.
+
+  Ties go to the earlier name.
+
+  >>> largest_remainder({"a": 1.5, "b": 2.5, "c": 1.0})
+  {'a': 2, 'b': 2, 'c': 1}
+  """
+  # Rounding first removes float noise from exact quotas such as 0.1 * 30.
+  exact = {n: round(q, 6) for n, q in quotas.items()}
+  out = {n: math.floor(q) for n, q in exact.items()}
+  missing = round(sum(exact.values())) - sum(out.values())
+  order = sorted(out, key=lambda n: out[n] - exact[n])  # stable
+  for n in order[:missing]:
+    out[n] += 1
+  return out
