@@ -1,0 +1,283 @@
+"""How many units each layer keeps at each mask update: tables of integers.
+
+Computed in Python while tracing, in double precision, so counts are exact and
+the compiled program only looks them up.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax import paths
+from sparsejax.select import budgets
+from sparsejax.select import structures
+from sparsejax.weights import rules
+
+Where = str | Callable[[str, Any], bool] | None
+
+_LEFT_DENSE = re.compile("embed|norm", re.IGNORECASE)
+
+
+def default_where(path: str, leaf: Any) -> bool:
+  """Floating arrays of two or more axes, but embeddings and norms."""
+  floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+  return floating and leaf.ndim >= 2 and not _LEFT_DENSE.search(path)
+
+
+def sparse_names(params: Mapping[str, Any], where: Where) -> list[str]:
+  """The parameters that `where` (a pattern or a function) selects."""
+  if isinstance(where, str):
+    chosen = paths.matching("where", {where: True}, params) if params else {}
+    return [n for n in params if n in chosen]
+  names = [n for n, p in params.items() if (where or default_where)(n, p)]
+  if params and not names:
+    raise ValueError(
+      "where must select at least one weight, got none of "
+      f"{[(n, tuple(p.shape)) for n, p in params.items()]}"
+    )
+  return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One sparse parameter.
+
+  Attributes:
+    axes: its dimension numbers.
+    structures: its structure in each stage; most have one.
+    keep: units each group keeps, int32 `[ticks | 1, ...]`; the rest broadcasts
+      against its groups.
+    drops: units of a layer that an update exchanges, likewise, or None.
+    backward: units each group keeps in the backward mask, likewise, or None.
+  """
+
+  axes: structures.Axes
+  structures: tuple[structures.Structure, ...]
+  keep: np.ndarray
+  drops: np.ndarray | None
+  backward: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The sparse parameters by name, when masks change, and the shared budget.
+
+  Attributes:
+    leaves: by name.
+    steps: step of each mask update that is tabled; the last one's row serves
+      those after it.
+    stages: step at which each stage of structures begins.
+    together: whether all leaves are one group ("global"); `keep` and `drops` of
+      the first leaf are then of all.
+  """
+
+  leaves: dict[str, Leaf]
+  steps: tuple[int, ...]
+  stages: tuple[int, ...]
+  together: bool
+
+
+def _value(setting: Any, step: int) -> Any:
+  """A schedule's value as a Python number, also inside a trace."""
+  if not callable(setting):
+    return setting
+  with jax.ensure_compile_time_eval():
+    return float(setting(step))
+
+
+def _by_name(name: str, setting: Any, names: list[str]) -> dict[str, Any]:
+  if isinstance(setting, Mapping):
+    return paths.matching(name, setting, names)
+  return dict.fromkeys(names, setting)
+
+
+def _rows(table: list[Any]) -> np.ndarray:
+  """Rows of integers, one where all are equal."""
+  rows = np.asarray(table, np.int32)
+  return rows[:1] if (rows == rows[:1]).all() else rows
+
+
+def _steps(rule: rules.Rule) -> tuple[int, ...]:
+  given = rule.sparsity
+  sparsities = given.values() if isinstance(given, Mapping) else [given]
+  changing = [s for s in (*sparsities, rule.drop_fraction) if callable(s)]
+  if not changing:
+    return (rule.begin,)
+  if rule.until is None:
+    # Only schedules that do not change can go on for ever.
+    probe = [rule.begin, rule.begin + rule.every, rule.begin + 10**6]
+    if all(len({_value(s, t) for t in probe}) == 1 for s in changing):
+      return (rule.begin,)
+    raise ValueError("until must be given where a schedule changes, got None")
+  last = max(rule.until, rule.begin)
+  return tuple(range(rule.begin, last + 1, rule.every))
+
+
+def make_plan(
+  rule: rules.Rule,
+  params: Mapping[str, Any],
+  where: Where,
+  axes: structures.Axes | Mapping[str, structures.Axes],
+) -> Plan:
+  """Tables the counts of `rule` for parameters of these shapes."""
+  names = sparse_names(params, where)
+  stages = (0,)
+  if rule.staged:
+    stages = tuple(step for step, _ in rule.structure)
+    found = {n: tuple(s for _, s in rule.structure) for n in names}
+  else:
+    found = _by_name("structure", rule.structure, names)
+    missing = structures.Unstructured()
+    found = {n: (found.get(n, missing),) for n in names}
+  named_axes = _by_name("axes", axes, names)
+  at = {n: named_axes.get(n, structures.Axes()) for n in names}
+  shape = {n: tuple(params[n].shape) for n in names}
+  for n in names:
+    if math.prod(shape[n]) >= 2**31:
+      raise ValueError(
+        f"{n} must have fewer than 2**31 weights, got shape {shape[n]}"
+      )
+    for s in found[n]:
+      try:
+        s.check(shape[n], at[n])
+      except ValueError as error:
+        raise ValueError(f"structure of {n}: {error}") from error
+
+  together = rule.distribution == "global"
+  given = _by_name("sparsity", rule.sparsity, names)
+  free = [n for n in names if not isinstance(found[n][0], structures.NM)]
+  _check_sparsity(rule, free, names, found, together)
+  budget = functools.lru_cache(maxsize=None)(
+    lambda sparsities: _counts(
+      rule,
+      dict(zip(free, sparsities, strict=True)),
+      {n: found[n][0] for n in free},
+      at,
+      shape,
+    )
+  )
+
+  steps = _steps(rule)
+  keep: dict[str, list[Any]] = {n: [] for n in names}
+  drops: dict[str, list[Any]] = {n: [] for n in names}
+  for step in steps:
+    sparsities = tuple(_value(given.get(n, 0.0), step) for n in free)
+    for n, s in zip(free, sparsities, strict=True):
+      if not 0 <= s <= 1:
+        raise ValueError(
+          f"sparsity of {n} at step {step} must be in [0, 1], got {s}"
+        )
+    counts = budget(sparsities)
+    for n in names:
+      s = found[n][0]
+      count = counts.get(n)
+      if count is None:
+        count = np.int32(s.group_count(shape[n], at[n], 1.0))
+      keep[n].append(count)
+      if rule.grow is not None:
+        fraction = _value(rule.drop_fraction, step)
+        units = count * _groups(s, shape[n], at[n], together)
+        drops[n].append(np.floor(units * fraction).astype(np.int32))
+  backward = {n: None for n in names}
+  if rule.backward_sparsity is not None:
+    back = budget(tuple(rule.backward_sparsity for _ in free))
+    backward = {n: _rows([back.get(n, keep[n][0])]) for n in names}
+  leaves = {
+    n: Leaf(
+      at[n],
+      found[n],
+      _rows(keep[n]),
+      _rows(drops[n]) if rule.grow is not None else None,
+      backward[n],
+    )
+    for n in names
+  }
+  return Plan(leaves, steps, stages, together)
+
+
+def _check_sparsity(rule, free, names, found, together):
+  if free and rule.sparsity is None:
+    raise ValueError(
+      f"sparsity must be given for {free}: their structure leaves it open"
+    )
+  if names and not free and rule.sparsity is not None:
+    raise ValueError(
+      "sparsity must be None where every structure is n:m, which fixes it, "
+      f"got {rule.sparsity}"
+    )
+  if not free and rule.distribution is not None and names:
+    raise ValueError(
+      "distribution must be None where every structure is n:m, got "
+      f"{rule.distribution!r}"
+    )
+  kinds = {found[n][0] for n in names}
+  if together and (len(kinds) > 1 or any(k.rigid for k in kinds)):
+    raise ValueError(
+      'distribution="global" must have one structure without fixed groups '
+      f"for all weights, got {sorted(map(repr, kinds))}"
+    )
+
+
+def _groups(structure, shape, axes, together):
+  """Groups in a layer: what a layer keeps is this many times what each does."""
+  if together or not structure.rigid:
+    return 1
+  layer = math.prod(axes.layer_shape(shape))
+  return layer // (structure.group_size(shape, axes) or 1)
+
+
+def _counts(rule, sparsity, structure, axes, shape):
+  """Units per group of each leaf, at one moment."""
+  unit = {n: s.unit_size(shape[n], axes[n]) or 1 for n, s in structure.items()}
+  size = {
+    n: math.prod(axes[n].layer_shape(shape[n])) // unit[n] for n in sparsity
+  }
+  layers = {n: math.prod(axes[n].stack_shape(shape[n])) for n in sparsity}
+  if rule.distribution == "global":
+    total = {n: size[n] * layers[n] for n in sparsity}
+    if sum(total.values()) >= 2**31:
+      raise ValueError(
+        'distribution="global" must rank fewer than 2**31 units, got '
+        f"{sum(total.values())}"
+      )
+    kept = round((1 - next(iter(sparsity.values()), 0)) * sum(total.values()))
+    return dict.fromkeys(sparsity, np.int32(kept))
+
+  # A stack's layers enter the budget one by one, under names of their own.
+  slots = {n: [(n, i) for i in range(layers[n])] for n in sparsity}
+  shapes = {
+    slot: axes[n].layer_shape(shape[n]) for n in sparsity for slot in slots[n]
+  }
+  if isinstance(rule.sparsity, Mapping):
+    density = {slot: 1 - sparsity[slot[0]] for slot in shapes}
+  else:
+    divide = rule.distribution or "erk"
+    divide = budgets.BUDGETS[divide] if isinstance(divide, str) else divide
+    density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
+
+  out = {n: np.int32(0) for n in sparsity}
+  for n, s in structure.items():
+    if s.rigid:
+      out[n] = np.int32(s.group_count(shape[n], axes[n], density[n, 0]))
+  free = [n for n in sparsity if not structure[n].rigid]
+  for one in sorted({unit[n] for n in free}):
+    quotas = {
+      slot: density[slot] * size[n]
+      for n in free
+      if unit[n] == one
+      for slot in slots[n]
+    }
+    whole = budgets.largest_remainder(quotas)
+    for n in {slot[0] for slot in quotas}:
+      count = np.asarray([whole[slot] for slot in slots[n]], np.int32)
+      stack = axes[n].of(len(shape[n])).stack
+      out[n] = count.reshape(
+        [d if a in stack else 1 for a, d in enumerate(shape[n])]
+      )
+  return out

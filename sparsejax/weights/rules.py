@@ -1,0 +1,116 @@
+"""A rule: everything that tells one sparse training method from another."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+
+import jax
+
+from sparsejax.select import budgets
+from sparsejax.select import schedules
+from sparsejax.select import structures
+from sparsejax.weights import scores
+
+Array = jax.Array
+Sparsity = float | schedules.Schedule
+Stages = tuple[tuple[int, structures.Structure], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+  """A budget, a structure, scores, a schedule and a gradient rule.
+
+  Attributes:
+    sparsity: share of weights that are masked, in [0, 1]; a schedule of the
+      step; or a mapping from path patterns to either (parameters that none
+      matches stay dense). None where every structure fixes it, as n:m does.
+    distribution: how one sparsity is divided among layers: a name in
+      `sparsejax.select.BUDGETS`, a budget function, or "global" to rank all
+      weights at once. None is "erk".
+    structure: what shapes masks take, for all weights or by path pattern; or
+      stages `((step, structure), ...)`, each used from its step on.
+    initial: score of the first masks; None starts dense.
+    drop: score of active weights; the least go.
+    grow: score of inactive weights; the best come. None: masks are chosen
+      afresh by `drop`.
+    drop_fraction: share of the active weights that an update may exchange.
+    begin: step of the first mask update (step 0 is left to `init`).
+    until: no mask update after this step; None for no end.
+    every: steps between mask updates.
+    gradient: what the wrapped optimizer gets as a gradient.
+    dense: masked weights keep their values, and `sparse_params` hides them
+      from the forward pass; otherwise updates keep them at zero.
+    leak: share of a masked weight that the forward pass still sees, by step.
+    memory: initial value of the rule's own buffer for a parameter.
+    remember: the buffer after a mask update, from `Seen` with the new mask.
+    backward_sparsity: share of weights that receive no update at all, at most
+      `sparsity`. None: what is masked in the forward pass decides.
+  """
+
+  sparsity: Sparsity | Mapping[str, Sparsity] | None = None
+  distribution: str | budgets.Budget | None = None
+  structure: (
+    structures.Structure | Mapping[str, structures.Structure] | Stages
+  ) = structures.Unstructured()
+  initial: scores.Score | None = scores.random
+  drop: scores.Score = scores.magnitude
+  grow: scores.Score | None = None
+  drop_fraction: schedules.Schedule | None = None
+  begin: int = 0
+  until: int | None = 0
+  every: int = 100
+  gradient: Callable[[scores.Seen], Array] = scores.masked_gradient
+  dense: bool = False
+  leak: schedules.Schedule | None = None
+  memory: Callable[[Array], Array] | None = None
+  remember: Callable[[scores.Seen], Array] | None = None
+  backward_sparsity: float | None = None
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise ValueError(f"every must be at least 1, got {self.every}")
+    if self.begin < 0:
+      raise ValueError(f"begin must not be negative, got {self.begin}")
+    if self.until is not None and self.until < 0:
+      raise ValueError(f"until must not be negative, got {self.until}")
+    if (self.grow is None) != (self.drop_fraction is None):
+      raise ValueError("grow and drop_fraction must be given together")
+    if (self.memory is None) != (self.remember is None):
+      raise ValueError("memory and remember must be given together")
+    if self.leak is not None and not self.dense:
+      raise ValueError("leak must come with dense=True, got dense=False")
+    if self.backward_sparsity is not None:
+      if not self.dense:
+        raise ValueError("backward_sparsity must come with dense=True")
+      if self.staged:
+        raise ValueError("backward_sparsity must not come with stages")
+    if self.staged and self.grow is not None:
+      raise ValueError("stages of structures must not come with grow")
+    if self.staged and not all(
+      isinstance(s, structures.NM) for _, s in self.structure
+    ):
+      raise ValueError(f"stages must all be n:m, got {self.structure}")
+    given = self.sparsity
+    for value in given.values() if isinstance(given, Mapping) else [given]:
+      if value is not None and not callable(value) and not 0 <= value <= 1:
+        raise ValueError(f"sparsity must be in [0, 1], got {value}")
+    if isinstance(given, Mapping) and self.distribution is not None:
+      raise ValueError(
+        "distribution must not be given where sparsity is by path, got "
+        f"{self.distribution!r}"
+      )
+    named = isinstance(self.distribution, str)
+    if named and self.distribution not in (*budgets.BUDGETS, "global"):
+      raise ValueError(
+        "distribution must be a function or one of "
+        f"{[*budgets.BUDGETS, 'global']}, got {self.distribution!r}"
+      )
+
+  @property
+  def staged(self) -> bool:
+    """Whether the structure changes in time."""
+    return isinstance(self.structure, tuple)
+
+  @property
+  def draws(self) -> bool:
+    """Whether it needs a key."""
+    return scores.random in (self.initial, self.drop, self.grow)

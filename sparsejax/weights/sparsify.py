@@ -1,0 +1,411 @@
+"""The one mechanism: wraps an Optax optimizer so that weights are sparse."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import masks
+from sparsejax import paths
+from sparsejax.select import structures
+from sparsejax.select import thresholds
+from sparsejax.select import top_k
+from sparsejax.weights import plans
+from sparsejax.weights import rules
+from sparsejax.weights import scores
+
+Array = jax.Array
+
+
+def sparsify(
+  inner: optax.GradientTransformation,
+  rule: rules.Rule,
+  *,
+  where: plans.Where = None,
+  axes: structures.Axes | Mapping[str, structures.Axes] = structures.Axes(),
+  key: Array | None = None,
+  track_explored: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps `inner` so that its parameters are, and stay, sparse.
+
+  It wraps, as `optax.MultiSteps` does, because a rule needs the raw gradients
+  before `inner`, the updates after it, and the state of `inner`. What changes
+  updates (clipping, weight decay, schedule_free) belongs inside.
+
+  Where a gradient or weight is not finite at a mask update, the mask of that
+  parameter stays as it is: nothing is dropped or grown by it.
+
+  Args:
+    inner: any Optax optimizer.
+    rule: the method; `sparsejax.weights.rigl` and its kin make one.
+    where: which parameters are sparse: a regular expression searched in their
+      paths ("layers/0/kernel"), or a function of path and leaf. By default
+      floating arrays of two or more axes whose path has neither "embed" nor
+      "norm".
+    axes: dimension numbers, for all or by path pattern.
+    key: a PRNG key, for rules that draw.
+    track_explored: also keep which weights were ever active, for the
+      in-time over-parameterization rate (one more bit a weight).
+
+  Returns:
+    An Optax optimizer. Its `update` needs `params`; its state holds packed
+    masks (see `sparsejax.masks.SparseState`).
+
+  Raises:
+    ValueError: a setting that is out of range, unused, contradicts another,
+      or fits no parameter; here where possible, else at `init` or `update`.
+
+  Source: [rigl, set, srigl, dst-ee, top-kast, sr-ste, pgf-nm,
+    gradual-magnitude-pruning, random-pruning, rigl-itop] their common core.
+  """
+  inner = optax.with_extra_args_support(inner)
+  key_data = _key_data(rule, key)
+
+  def init(params):
+    leaves, rebuild = paths.named(params)
+    if any(isinstance(p, jax.ShapeDtypeStruct) for p in leaves.values()):
+      return jax.eval_shape(init, params)
+    plan = plans.make_plan(rule, leaves, where, axes)
+    memory = {n: jnp.zeros((), p.dtype) for n, p in leaves.items()}
+    if rule.memory:
+      memory = {n: rule.memory(p) for n, p in leaves.items()}
+    full = {n: jnp.ones_like(p, bool) for n, p in leaves.items()}
+    look = _Look(rule, plan, leaves, {}, memory, key_data, jnp.int32(0))
+    first, backward = full, full
+    if rule.initial is not None:
+      first = full | look.select(full, rule.initial)
+    if rule.backward_sparsity is not None:
+      backward = full | look.select(full, rule.initial, backward=True)
+    # `full &` gives a mask its parameter's sharding, also outside of jit.
+    bits = {n: masks.pack(full[n] & first[n]) for n in full}
+    zero = jnp.zeros((), jnp.int32)
+    return masks.SparseState(
+      count=zero,
+      masks=rebuild(bits),
+      violations=zero,
+      churn=jnp.zeros(len(leaves), jnp.int32),
+      key=key_data,
+      memory=rebuild(memory) if rule.memory else None,
+      explored=rebuild(bits) if track_explored else None,
+      backward=(
+        rebuild({n: masks.pack(full[n] & backward[n]) for n in full})
+        if rule.backward_sparsity is not None
+        else None
+      ),
+      leak=None if rule.leak is None else jnp.float32(rule.leak(0)),
+      inner=inner.init(params),
+    )
+
+  def update(grads, state, params=None, **extra):
+    if params is None:
+      raise ValueError(masks.NO_PARAMS)
+    masks.check_model(state, params)
+    leaves, rebuild = paths.named(params)
+    raw = paths.named(grads)[0]
+    plan = plans.make_plan(rule, leaves, where, axes)
+    step = state.count
+
+    def look(params, step):
+      memory = {}
+      if rule.memory:
+        memory = paths.named(state.memory)[0]
+      return _Look(rule, plan, params, raw, memory, state.key, step)
+
+    def active(packed):
+      bits = paths.named(packed)[0]
+      return {n: masks.unpack(bits[n], leaves[n]) for n in plan.leaves}
+
+    old, new = state, state
+    if not rule.dense:
+      new = _revised(rule, look(leaves, step), state, rebuild)
+    live = active(new.masks)
+    inner_state = state.inner
+    if rule.grow is not None:
+      # A grown weight starts at +0.0 with clean moments, and moves a step
+      # later. Resetting before `inner.update` fuses with its own writes.
+      before = active(old.masks)
+      grown = {n: jnp.zeros_like(p, bool) for n, p in leaves.items()}
+      grown |= {n: live[n] & ~before[n] for n in live}
+      live = {n: live[n] & before[n] for n in live}
+      inner_state = reset(inner, inner_state, rebuild(grown))
+
+    wider = None if state.backward is None else active(state.backward)
+    seen = look(leaves, step).seen(live, wider, state.leak)
+    trained = raw | {n: rule.gradient(seen[n]) for n in live}
+    updates, inner_state = inner.update(
+      rebuild(trained), inner_state, params, **extra
+    )
+    ups = paths.named(updates)[0]
+    if not rule.dense:
+      ups |= {n: masks.enforced(ups[n], leaves[n], m) for n, m in live.items()}
+    else:
+      for n, m in (wider or {}).items():
+        ups[n] = jnp.where(m, ups[n], jnp.zeros((), ups[n].dtype))
+      # The next forward pass uses the masks of the weights it will see.
+      moved = {n: (p + ups[n]).astype(p.dtype) for n, p in leaves.items()}
+      new = _revised(rule, look(moved, step + 1), state, rebuild)
+    count = optax.safe_increment(state.count)
+    leak = state.leak
+    if rule.leak is not None:
+      leak = jnp.asarray(rule.leak(count), jnp.float32)
+    return rebuild(ups), new._replace(count=count, leak=leak, inner=inner_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _key_data(rule: rules.Rule, key: Array | None) -> Array | None:
+  """Raw key data, which any checkpoint can hold."""
+  if key is None:
+    if rule.draws:
+      raise ValueError(
+        "key must be given to a rule that draws at random, got None: "
+        "key=jax.random.key(0)"
+      )
+    return None
+  if not isinstance(key, jax.Array):
+    raise ValueError(
+      f"key must be a PRNG key such as jax.random.key(0), got {key!r}"
+    )
+  if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return jax.random.key_data(key)
+  return key
+
+
+def reset(inner: optax.GradientTransformation, state: Any, where: Any) -> Any:
+  """Zeroes every parameter-shaped buffer of any optimizer where `where`."""
+
+  def zero(buffer, at):
+    if getattr(buffer, "shape", None) != at.shape:
+      return buffer  # factored or absent: adafactor's rows, for one
+    return jnp.where(at, jnp.zeros_like(buffer), buffer)
+
+  return optax.tree.map_params(
+    inner,
+    zero,
+    state,
+    where,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+
+
+class _Look:
+  """The sparse parameters at one moment, and choices among them."""
+
+  def __init__(self, rule, plan, params, grads, memory, key, step):
+    self.rule, self.plan, self.params = rule, plan, params
+    self.grads, self.memory, self.step = grads, memory, step
+    self.key = None
+    if key is not None:
+      self.key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+
+  def seen(self, active, backward=None, leak=None):
+    """`scores.Seen` of each sparse parameter, given its mask."""
+    out = {}
+    for i, n in enumerate(sorted(self.plan.leaves)):
+      key = None if self.key is None else jax.random.fold_in(self.key, i)
+      out[n] = scores.Seen(
+        param=self.params[n],
+        grad=self.grads.get(n),
+        mask=active[n],
+        backward=None if backward is None else backward[n],
+        memory=self.memory.get(n),
+        key=key,
+        step=self.step,
+        leak=None if leak is None else masks.unboxed(leak),
+      )
+    return out
+
+  def row(self, table):
+    """The row of a plan's table for this step."""
+    if len(table) == 1:
+      return jnp.asarray(table[0])
+    tick = (self.step - self.plan.steps[0]) // self.rule.every
+    return jnp.asarray(table)[jnp.clip(tick, 0, len(table) - 1)]
+
+  def keys(self, seen, score, stage=0):
+    """Ordered keys of the units of each parameter."""
+    return {
+      n: thresholds.ordered_keys(
+        leaf.structures[stage].pool(score(seen[n]), leaf.axes)
+      )
+      for n, leaf in self.plan.leaves.items()
+    }
+
+  def pick(self, keys, counts, stage=0):
+    """The units with the largest keys, under the budget."""
+    if self.plan.together:
+      count = next(iter(counts.values()))
+      chosen = top_k.top_k_keys(list(keys.values()), count)
+      return dict(zip(keys, chosen, strict=True))
+    return {
+      n: leaf.structures[stage].select(keys[n], counts[n], leaf.axes)
+      for n, leaf in self.plan.leaves.items()
+    }
+
+  def spread(self, units, stage=0):
+    return {
+      n: leaf.structures[stage].spread(
+        units[n], self.params[n].shape, leaf.axes
+      )
+      for n, leaf in self.plan.leaves.items()
+    }
+
+  def select(self, active, score, backward=False):
+    """Masks chosen afresh."""
+    leaves, seen = self.plan.leaves, self.seen(active)
+
+    def in_stage(stage):
+      keys = self.keys(seen, score, stage)
+      if len(self.plan.stages) > 1:  # n:m, each with a count of its own
+        counts = {n: leaf.structures[stage].n for n, leaf in leaves.items()}
+      else:
+        tables = {
+          n: leaf.backward if backward else leaf.keep
+          for n, leaf in leaves.items()
+        }
+        counts = {n: self.row(table) for n, table in tables.items()}
+      return self.spread(self.pick(keys, counts, stage), stage)
+
+    begins = jnp.asarray(self.plan.stages[1:], jnp.int32)
+    if not begins.size:
+      return in_stage(0)
+    branches = [lambda i=i: in_stage(i) for i in range(len(self.plan.stages))]
+    return lax.switch(jnp.sum(self.step >= begins), branches)
+
+  def exchange(self, active):
+    """Masks that drop the least active units and grow the best others."""
+    leaves, seen = self.plan.leaves, self.seen(active)
+    stay = self.keys(seen, self.rule.drop)
+    grow = self.keys(seen, self.rule.grow)
+    on = {
+      n: leaf.structures[0].pool(active[n].astype(jnp.float32), leaf.axes) > 0
+      for n, leaf in leaves.items()
+    }
+    keep = {n: self.row(leaf.keep) for n, leaf in leaves.items()}
+    drops = {n: self.row(leaf.drops) for n, leaf in leaves.items()}
+    if self.plan.together:
+      left = thresholds.count(list(on.values())) - next(iter(drops.values()))
+      kept = self.pick(
+        {n: thresholds.never(stay[n], ~on[n]) for n in leaves},
+        dict.fromkeys(leaves, left),
+      )
+      units = self.pick(
+        {n: thresholds.always(grow[n], kept[n]) for n in leaves}, keep
+      )
+    else:
+      units = {
+        n: leaf.structures[0].exchange(
+          on[n], stay[n], grow[n], drops[n], keep[n], leaf.axes
+        )
+        for n, leaf in leaves.items()
+      }
+    return self.spread(units)
+
+  def violations(self, active):
+    """How many masked weights are not zero."""
+    return masks.count_nonzero(
+      [self.params[n] for n in active], list(active.values())
+    )
+
+  def finite(self):
+    """Whether a parameter and its gradient may decide about its mask."""
+    out = {}
+    for n in self.plan.leaves:
+      out[n] = jnp.all(jnp.isfinite(self.params[n]))
+      if n in self.grads:
+        out[n] &= jnp.all(jnp.isfinite(self.grads[n]))
+    if self.plan.together:
+      together = jnp.all(jnp.stack(list(out.values())))
+      out = dict.fromkeys(out, together)
+    return out
+
+
+def _revised(rule, look, state, rebuild):
+  """The state with new masks where a mask update is due.
+
+  Only packed bits and the rule's own memory pass through the `cond`: XLA
+  copies what does.
+  """
+  plan, step = look.plan, look.step
+  old, old_backward, old_explored, old_memory = (
+    paths.named(tree)[0] if tree is not None else {}
+    for tree in (state.masks, state.backward, state.explored, state.memory)
+  )
+
+  def active_now():
+    return {n: masks.unpack(old[n], look.params[n]) for n in plan.leaves}
+
+  def unchanged():
+    return (
+      old,
+      old_backward,
+      old_explored,
+      old_memory,
+      masks.unboxed(state.violations),
+      masks.unboxed(state.churn),
+    )
+
+  def revise():
+    active, finite = active_now(), look.finite()
+
+    def settle(chosen, before):
+      return {
+        n: jnp.where(finite[n], masks.pack(sharded(m, n)), before[n])
+        for n, m in chosen.items()
+      }
+
+    def sharded(mask, n):
+      return jnp.ones_like(look.params[n], bool) & mask
+
+    chosen = (
+      look.select(active, rule.drop)
+      if rule.grow is None
+      else look.exchange(active)
+    )
+    bits = old | settle(chosen, old)
+    backward = old_backward
+    if backward:
+      wider = look.select(active, rule.drop, backward=True)
+      backward = old_backward | settle(wider, old_backward)
+    explored = {n: b | bits[n] for n, b in old_explored.items()}
+    now = {n: masks.unpack(bits[n], look.params[n]) for n in plan.leaves}
+    memory = old_memory
+    if rule.memory:
+      memory = old_memory | {
+        n: rule.remember(seen) for n, seen in look.seen(now).items()
+      }
+    violations = jnp.int32(0) if rule.dense else look.violations(active)
+    churn = [
+      thresholds.count([active[n] ^ now[n]] if n in now else [])
+      for n in sorted(old)
+    ]
+    return bits, backward, explored, memory, violations, jnp.stack(churn)
+
+  due = (step > 0) & (step >= rule.begin)
+  due &= (step - rule.begin) % rule.every == 0
+  if rule.until == 0:  # the masks never change; only look at them
+    violations = lax.cond(
+      due,
+      lambda: look.violations(active_now()),
+      lambda: masks.unboxed(state.violations),
+    )
+    return state._replace(violations=violations)
+  if rule.until is not None:
+    due &= step <= max(rule.until, rule.begin)
+  revised = lax.cond(due, revise, unchanged)
+  bits, backward, explored, memory, violations, churn = revised
+
+  def boxed(tree, by_name):
+    return None if tree is None else rebuild(by_name)
+
+  return state._replace(
+    masks=rebuild(bits),
+    backward=boxed(state.backward, backward),
+    explored=boxed(state.explored, explored),
+    memory=boxed(state.memory, memory),
+    violations=violations,
+    churn=churn,
+  )
