@@ -59,9 +59,8 @@ def always(keys: Array, at: Array) -> Array:
 def _byte_axis(flags: Array, axes: Sequence[int]) -> int | None:
   """The axis to count along in bytes first; None where none is worth it.
 
-  XLA:CPU sums int32 scalars one by one, but adds rows of bytes in vectors:
-  ten times faster. 128 is asked for so that groups of eight stay whole on up
-  to 16 shards whose number is not known while tracing.
+  128 is asked for so that groups of eight stay whole on up to 16 shards whose
+  number is not known while tracing.
   """
   sizes = {a: sharding.power_of_two(flags.shape[a]) for a in axes}
   sizes = {
@@ -69,18 +68,28 @@ def _byte_axis(flags: Array, axes: Sequence[int]) -> int | None:
     for a, s in sizes.items()
     if s >= 128 and sharding.splits_by(flags, a, 8)
   }
-  last = flags.ndim - 1  # grouping lanes is slow on TPU: the last resort
+  last = flags.ndim - 1  # strided adds are slower: the last resort
   return max(sizes, key=lambda a: (a != last, sizes[a]), default=None)
 
 
 def _count_one(flags: Array, axis: tuple[int, ...] | None) -> Array:
   axes = tuple(range(flags.ndim)) if axis is None else axis
+
+  def plain(flags):
+    return jnp.sum(flags, axes, dtype=jnp.int32, keepdims=axis is not None)
+
   byte = _byte_axis(flags, axes)
-  if byte is not None:
+  if byte is None:
+    return plain(flags)
+
+  def by_bytes(flags):
+    # XLA:CPU sums int32 one by one, but adds rows of bytes in vectors: ten
+    # times faster. (The TPU's compiler aborts on such a sum.)
     shape = flags.shape
     groups = (*shape[:byte], shape[byte] // 8, 8, *shape[byte + 1 :])
-    flags = jnp.sum(flags.reshape(groups), byte + 1, dtype=jnp.uint8)
-  return jnp.sum(flags, axes, dtype=jnp.int32, keepdims=axis is not None)
+    return plain(jnp.sum(flags.reshape(groups), byte + 1, dtype=jnp.uint8))
+
+  return lax.platform_dependent(flags, cpu=by_bytes, default=plain)
 
 
 def count(flags: Sequence[Array], axis: tuple[int, ...] | None = None) -> Array:
