@@ -11,7 +11,9 @@ from sparsejax.select import structures
 from sparsejax.weights import scores
 
 Array = jax.Array
-Sparsity = float | schedules.Schedule
+Sparsity = float | schedules.Schedule | Mapping[str, float | schedules.Schedule]
+Distribution = str | budgets.Budget | None
+Structure = structures.Structure | Mapping[str, structures.Structure]
 Stages = tuple[tuple[int, structures.Structure], ...]
 
 
@@ -46,11 +48,9 @@ class Rule:
       `sparsity`. None: what is masked in the forward pass decides.
   """
 
-  sparsity: Sparsity | Mapping[str, Sparsity] | None = None
-  distribution: str | budgets.Budget | None = None
-  structure: (
-    structures.Structure | Mapping[str, structures.Structure] | Stages
-  ) = structures.Unstructured()
+  sparsity: Sparsity | None = None
+  distribution: Distribution = None
+  structure: Structure | Stages = structures.Unstructured()
   initial: scores.Score | None = scores.random
   drop: scores.Score = scores.magnitude
   grow: scores.Score | None = None

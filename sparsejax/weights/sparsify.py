@@ -12,10 +12,9 @@ from sparsejax import masks
 from sparsejax import paths
 from sparsejax.select import structures
 from sparsejax.select import thresholds
-from sparsejax.select import top_k
+from sparsejax.weights import choices
 from sparsejax.weights import plans
 from sparsejax.weights import rules
-from sparsejax.weights import scores
 
 Array = jax.Array
 
@@ -69,16 +68,19 @@ def sparsify(
     if any(isinstance(p, jax.ShapeDtypeStruct) for p in leaves.values()):
       return jax.eval_shape(init, params)
     plan = plans.make_plan(rule, leaves, where, axes)
-    memory = {n: jnp.zeros((), p.dtype) for n, p in leaves.items()}
+    memory = {}
     if rule.memory:
       memory = {n: rule.memory(p) for n, p in leaves.items()}
     full = {n: jnp.ones_like(p, bool) for n, p in leaves.items()}
-    look = _Look(rule, plan, leaves, {}, memory, key_data, jnp.int32(0))
+    look = choices.Look(rule, plan, leaves, {}, memory, key_data, jnp.int32(0))
     first, backward = full, full
     if rule.initial is not None:
       first = full | look.select(full, rule.initial)
     if rule.backward_sparsity is not None:
       backward = full | look.select(full, rule.initial, backward=True)
+    if rule.memory:
+      seen = look.seen(first)
+      memory |= {n: rule.remember(seen[n]) for n in plan.leaves}
     # `full &` gives a mask its parameter's sharding, also outside of jit.
     bits = {n: masks.pack(full[n] & first[n]) for n in full}
     zero = jnp.zeros((), jnp.int32)
@@ -112,7 +114,7 @@ def sparsify(
       memory = {}
       if rule.memory:
         memory = paths.named(state.memory)[0]
-      return _Look(rule, plan, params, raw, memory, state.key, step)
+      return choices.Look(rule, plan, params, raw, memory, state.key, step)
 
     def active(packed):
       bits = paths.named(packed)[0]
@@ -189,138 +191,6 @@ def reset(inner: optax.GradientTransformation, state: Any, where: Any) -> Any:
     where,
     is_leaf=lambda x: isinstance(x, optax.MaskedNode),
   )
-
-
-class _Look:
-  """The sparse parameters at one moment, and choices among them."""
-
-  def __init__(self, rule, plan, params, grads, memory, key, step):
-    self.rule, self.plan, self.params = rule, plan, params
-    self.grads, self.memory, self.step = grads, memory, step
-    self.key = None
-    if key is not None:
-      self.key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-
-  def seen(self, active, backward=None, leak=None):
-    """`scores.Seen` of each sparse parameter, given its mask."""
-    out = {}
-    for i, n in enumerate(sorted(self.plan.leaves)):
-      key = None if self.key is None else jax.random.fold_in(self.key, i)
-      out[n] = scores.Seen(
-        param=self.params[n],
-        grad=self.grads.get(n),
-        mask=active[n],
-        backward=None if backward is None else backward[n],
-        memory=self.memory.get(n),
-        key=key,
-        step=self.step,
-        leak=None if leak is None else masks.unboxed(leak),
-      )
-    return out
-
-  def row(self, table):
-    """The row of a plan's table for this step."""
-    if len(table) == 1:
-      return jnp.asarray(table[0])
-    tick = (self.step - self.plan.steps[0]) // self.rule.every
-    return jnp.asarray(table)[jnp.clip(tick, 0, len(table) - 1)]
-
-  def keys(self, seen, score, stage=0):
-    """Ordered keys of the units of each parameter."""
-    return {
-      n: thresholds.ordered_keys(
-        leaf.structures[stage].pool(score(seen[n]), leaf.axes)
-      )
-      for n, leaf in self.plan.leaves.items()
-    }
-
-  def pick(self, keys, counts, stage=0):
-    """The units with the largest keys, under the budget."""
-    if self.plan.together:
-      count = next(iter(counts.values()))
-      chosen = top_k.top_k_keys(list(keys.values()), count)
-      return dict(zip(keys, chosen, strict=True))
-    return {
-      n: leaf.structures[stage].select(keys[n], counts[n], leaf.axes)
-      for n, leaf in self.plan.leaves.items()
-    }
-
-  def spread(self, units, stage=0):
-    return {
-      n: leaf.structures[stage].spread(
-        units[n], self.params[n].shape, leaf.axes
-      )
-      for n, leaf in self.plan.leaves.items()
-    }
-
-  def select(self, active, score, backward=False):
-    """Masks chosen afresh."""
-    leaves, seen = self.plan.leaves, self.seen(active)
-
-    def in_stage(stage):
-      keys = self.keys(seen, score, stage)
-      if len(self.plan.stages) > 1:  # n:m, each with a count of its own
-        counts = {n: leaf.structures[stage].n for n, leaf in leaves.items()}
-      else:
-        tables = {
-          n: leaf.backward if backward else leaf.keep
-          for n, leaf in leaves.items()
-        }
-        counts = {n: self.row(table) for n, table in tables.items()}
-      return self.spread(self.pick(keys, counts, stage), stage)
-
-    begins = jnp.asarray(self.plan.stages[1:], jnp.int32)
-    if not begins.size:
-      return in_stage(0)
-    branches = [lambda i=i: in_stage(i) for i in range(len(self.plan.stages))]
-    return lax.switch(jnp.sum(self.step >= begins), branches)
-
-  def exchange(self, active):
-    """Masks that drop the least active units and grow the best others."""
-    leaves, seen = self.plan.leaves, self.seen(active)
-    stay = self.keys(seen, self.rule.drop)
-    grow = self.keys(seen, self.rule.grow)
-    on = {
-      n: leaf.structures[0].pool(active[n].astype(jnp.float32), leaf.axes) > 0
-      for n, leaf in leaves.items()
-    }
-    keep = {n: self.row(leaf.keep) for n, leaf in leaves.items()}
-    drops = {n: self.row(leaf.drops) for n, leaf in leaves.items()}
-    if self.plan.together:
-      left = thresholds.count(list(on.values())) - next(iter(drops.values()))
-      kept = self.pick(
-        {n: thresholds.never(stay[n], ~on[n]) for n in leaves},
-        dict.fromkeys(leaves, left),
-      )
-      units = self.pick(
-        {n: thresholds.always(grow[n], kept[n]) for n in leaves}, keep
-      )
-    else:
-      units = {
-        n: leaf.structures[0].exchange(
-          on[n], stay[n], grow[n], drops[n], keep[n], leaf.axes
-        )
-        for n, leaf in leaves.items()
-      }
-    return self.spread(units)
-
-  def violations(self, active):
-    """How many masked weights are not zero."""
-    return masks.count_nonzero(
-      [self.params[n] for n in active], list(active.values())
-    )
-
-  def finite(self):
-    """Whether a parameter and its gradient may decide about its mask."""
-    out = {}
-    for n in self.plan.leaves:
-      out[n] = jnp.all(jnp.isfinite(self.params[n]))
-      if n in self.grads:
-        out[n] &= jnp.all(jnp.isfinite(self.grads[n]))
-    if self.plan.together:
-      together = jnp.all(jnp.stack(list(out.values())))
-      out = dict.fromkeys(out, together)
-    return out
 
 
 def _revised(rule, look, state, rebuild):

@@ -1,0 +1,142 @@
+"""Choices among the sparse parameters at one moment."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from sparsejax import masks
+from sparsejax.select import thresholds
+from sparsejax.select import top_k
+from sparsejax.weights import scores
+
+
+class Look:
+  """The sparse parameters at one moment, and choices among them."""
+
+  def __init__(self, rule, plan, params, grads, memory, key, step):
+    self.rule, self.plan, self.params = rule, plan, params
+    self.grads, self.memory, self.step = grads, memory, step
+    self.key = None
+    if key is not None:
+      self.key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+
+  def seen(self, active, backward=None, leak=None):
+    """`scores.Seen` of each sparse parameter, given its mask."""
+    out = {}
+    for i, n in enumerate(sorted(self.plan.leaves)):
+      key = None if self.key is None else jax.random.fold_in(self.key, i)
+      out[n] = scores.Seen(
+        param=self.params[n],
+        grad=self.grads.get(n),
+        mask=active[n],
+        backward=None if backward is None else backward[n],
+        memory=self.memory.get(n),
+        key=key,
+        step=self.step,
+        leak=None if leak is None else masks.unboxed(leak),
+      )
+    return out
+
+  def row(self, table):
+    """The row of a plan's table for this step."""
+    if len(table) == 1:
+      return jnp.asarray(table[0])
+    tick = (self.step - self.plan.steps[0]) // self.rule.every
+    return jnp.asarray(table)[jnp.clip(tick, 0, len(table) - 1)]
+
+  def keys(self, seen, score, stage=0):
+    """Ordered keys of the units of each parameter."""
+    return {
+      n: thresholds.ordered_keys(
+        leaf.structures[stage].pool(score(seen[n]), leaf.axes)
+      )
+      for n, leaf in self.plan.leaves.items()
+    }
+
+  def pick(self, keys, counts, stage=0):
+    """The units with the largest keys, under the budget."""
+    if self.plan.together:
+      count = next(iter(counts.values()))
+      chosen = top_k.top_k_keys(list(keys.values()), count)
+      return dict(zip(keys, chosen, strict=True))
+    return {
+      n: leaf.structures[stage].select(keys[n], counts[n], leaf.axes)
+      for n, leaf in self.plan.leaves.items()
+    }
+
+  def spread(self, units, stage=0):
+    return {
+      n: leaf.structures[stage].spread(
+        units[n], self.params[n].shape, leaf.axes
+      )
+      for n, leaf in self.plan.leaves.items()
+    }
+
+  def select(self, active, score, backward=False):
+    """Masks chosen afresh."""
+    leaves, seen = self.plan.leaves, self.seen(active)
+
+    def in_stage(stage):
+      keys = self.keys(seen, score, stage)
+      if len(self.plan.stages) > 1:  # n:m, each with a count of its own
+        counts = {n: leaf.structures[stage].n for n, leaf in leaves.items()}
+      else:
+        tables = {
+          n: leaf.backward if backward else leaf.keep
+          for n, leaf in leaves.items()
+        }
+        counts = {n: self.row(table) for n, table in tables.items()}
+      return self.spread(self.pick(keys, counts, stage), stage)
+
+    begins = jnp.asarray(self.plan.stages[1:], jnp.int32)
+    if not begins.size:
+      return in_stage(0)
+    branches = [lambda i=i: in_stage(i) for i in range(len(self.plan.stages))]
+    return lax.switch(jnp.sum(self.step >= begins), branches)
+
+  def exchange(self, active):
+    """Masks that drop the least active units and grow the best others."""
+    leaves, seen = self.plan.leaves, self.seen(active)
+    stay = self.keys(seen, self.rule.drop)
+    grow = self.keys(seen, self.rule.grow)
+    on = {
+      n: leaf.structures[0].pool(active[n].astype(jnp.float32), leaf.axes) > 0
+      for n, leaf in leaves.items()
+    }
+    keep = {n: self.row(leaf.keep) for n, leaf in leaves.items()}
+    drops = {n: self.row(leaf.drops) for n, leaf in leaves.items()}
+    if self.plan.together:
+      left = thresholds.count(list(on.values())) - next(iter(drops.values()))
+      kept = self.pick(
+        {n: thresholds.never(stay[n], ~on[n]) for n in leaves},
+        dict.fromkeys(leaves, left),
+      )
+      units = self.pick(
+        {n: thresholds.always(grow[n], kept[n]) for n in leaves}, keep
+      )
+    else:
+      units = {
+        n: leaf.structures[0].exchange(
+          on[n], stay[n], grow[n], drops[n], keep[n], leaf.axes
+        )
+        for n, leaf in leaves.items()
+      }
+    return self.spread(units)
+
+  def violations(self, active):
+    """How many masked weights are not zero."""
+    return masks.count_nonzero(
+      [self.params[n] for n in active], list(active.values())
+    )
+
+  def finite(self):
+    """Whether a parameter and its gradient may decide about its mask."""
+    out = {}
+    for n in self.plan.leaves:
+      out[n] = jnp.all(jnp.isfinite(self.params[n]))
+      if n in self.grads:
+        out[n] &= jnp.all(jnp.isfinite(self.grads[n]))
+    if self.plan.together:
+      together = jnp.all(jnp.stack(list(out.values())))
+      out = dict.fromkeys(out, together)
+    return out

@@ -1,0 +1,1 @@
+"""Published methods, each a rule of `sparsify`."""

@@ -1,0 +1,304 @@
+"""Dynamic sparse training: masks that move while their size stays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.select import schedules
+from sparsejax.select import structures
+from sparsejax.weights import rules
+from sparsejax.weights import scores
+from sparsejax.weights import sparsify as _sparsify
+
+
+def set_(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: rules.Sparsity,
+  key: jax.Array,
+  every: int = 100,
+  until: int | None = None,
+  drop_fraction: float | schedules.Schedule = 0.3,
+  distribution: rules.Distribution = None,
+  structure: rules.Structure = structures.Unstructured(),
+  **where: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Sparse evolutionary training: drops the smallest, grows at random.
+
+  It drops by magnitude; the original ranks positive and negative weights
+  apart. Just dropped weights may be drawn again, and then keep their value.
+
+  Args:
+    inner: any Optax optimizer.
+    sparsity: share of weights masked, in [0, 1], or by path pattern.
+    key: a PRNG key.
+    every: steps between mask updates.
+    until: the last step that may be one; None for no end.
+    drop_fraction: share of active weights exchanged, constant or a schedule.
+    distribution: how sparsity is divided among layers; "erk" by default.
+    structure: what shape masks take, for all weights or by path pattern.
+    **where: `where`, `axes` and `track_explored` of `sparsify`.
+
+  Returns:
+    An Optax optimizer around `inner`.
+
+  Raises:
+    ValueError: as `sparsify`.
+
+  Source: [set] Mocanu et al., Scalable training of artificial neural networks
+    with adaptive sparse connectivity, alg. 1.
+
+  >>> tx = weights.set_(optax.sgd(0.1), sparsity=0.9, key=jax.random.key(0))
+  """
+  if not callable(drop_fraction):
+    drop_fraction = schedules.constant(_fraction(drop_fraction))
+  rule = rules.Rule(
+    sparsity=sparsity,
+    distribution=distribution,
+    structure=structure,
+    grow=scores.random,
+    drop_fraction=drop_fraction,
+    every=every,
+    until=until,
+  )
+  return _sparsify.sparsify(inner, rule, key=key, **where)
+
+
+sparse_evolutionary = set_
+
+
+def rigl(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: rules.Sparsity,
+  key: jax.Array,
+  every: int = 100,
+  until: int,
+  drop_fraction: float | schedules.Schedule = 0.3,
+  distribution: rules.Distribution = None,
+  structure: rules.Structure = structures.Unstructured(),
+  grow: scores.Score = scores.gradient,
+  **settings: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Drops the smallest weights and grows where the gradient is largest.
+
+  Grown weights start at zero with clean moments and move from the next step
+  on. Just dropped weights may be grown again, and then keep their value (as in
+  the paper and its code). Unlike there, the other weights also take their
+  ordinary step when masks are updated.
+
+  Args:
+    inner: any Optax optimizer.
+    sparsity: share of weights masked, in [0, 1], or by path pattern.
+    key: a PRNG key, for the first masks.
+    every: steps between mask updates.
+    until: the last step that may be one; best about 75% of the training.
+    drop_fraction: share of active weights exchanged at first, which then
+      falls along a cosine to 0 at `until`; or a schedule of its own.
+    distribution: how sparsity is divided among layers; "erk" by default.
+    structure: what shape masks take, for all weights or by path pattern.
+    grow: score of inactive weights.
+    **settings: `where`, `axes` and `track_explored` of `sparsify`; `memory`
+      and `remember` of `Rule`.
+
+  Returns:
+    An Optax optimizer around `inner`.
+
+  Raises:
+    ValueError: as `sparsify`.
+
+  Source: [rigl] Evci et al., Rigging the Lottery, alg. 1.
+
+  >>> params = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+  >>> tx = weights.rigl(
+  ...   optax.adamw(1e-3), sparsity=0.75, until=750, key=jax.random.key(0)
+  ... )
+  >>> state = tx.init(params)
+  >>> params = weights.sparse_params(state, params)
+  >>> updates, state = tx.update(params, state, params)
+  >>> params = optax.apply_updates(params, updates)
+  >>> int((params["kernel"] != 0).sum())
+  16
+  """
+  if not callable(drop_fraction):
+    if until < 1:
+      raise ValueError(f"until must be at least 1, got {until}")
+    drop_fraction = schedules.cosine(_fraction(drop_fraction), until)
+  own = {k: settings.pop(k) for k in ("memory", "remember") if k in settings}
+  rule = rules.Rule(
+    sparsity=sparsity,
+    distribution=distribution,
+    structure=structure,
+    grow=grow,
+    drop_fraction=drop_fraction,
+    every=every,
+    until=until,
+    **own,
+  )
+  return _sparsify.sparsify(inner, rule, key=key, **settings)
+
+
+def srigl(
+  inner: optax.GradientTransformation,
+  *,
+  ablate: float = 0.3,
+  distribution: rules.Distribution = None,
+  **settings,
+) -> optax.GradientTransformationExtraArgs:
+  """RigL with the same fan-in for every neuron, and neuron ablation.
+
+  At a mask update, neurons with fewer than `ablate * fan_in` salient weights
+  (survivors of the drop, or among the best candidates) are removed, and the
+  others share what they had: `floor(budget / neurons left)` inputs each.
+
+  The paper's code counts candidates among active weights too, and rounds the
+  threshold to an integer; this follows the paper's text.
+
+  Args:
+    inner: any Optax optimizer.
+    ablate: the paper's gamma, in [0, 1]; 0 removes no neuron.
+    distribution: how sparsity is divided among layers; "erk" by default.
+    **settings: those of `rigl`, but for `structure`.
+
+  Returns:
+    An Optax optimizer around `inner`.
+
+  Raises:
+    ValueError: as `rigl`.
+
+  Source: [srigl] Lasby et al., Dynamic Sparse Training with Structured
+    Sparsity, sec. 3.
+
+  >>> tx = weights.srigl(
+  ...   optax.sgd(0.1), sparsity=0.9, until=750, key=jax.random.key(0)
+  ... )
+  """
+  structure = structures.ConstantFanIn(ablate=ablate)
+  return rigl(inner, structure=structure, distribution=distribution, **settings)
+
+
+def dst_ee(
+  inner: optax.GradientTransformation,
+  *,
+  c: float = 1e-3,
+  epsilon: float = 1.0,
+  **settings,
+) -> optax.GradientTransformationExtraArgs:
+  """RigL that also explores: grows by `|gradient| + c ln(t) / (N + epsilon)`.
+
+  t is the step and N counts the masks in which a weight has been active, the
+  first one and this included. With c = 0 it is RigL.
+
+  Args:
+    inner: any Optax optimizer.
+    c: weight of exploration, at least 0.
+    epsilon: keeps the quotient finite, above 0.
+    **settings: those of `rigl`.
+
+  Returns:
+    An Optax optimizer around `inner`; its state holds one int32 a weight.
+
+  Raises:
+    ValueError: as `rigl`, or c or epsilon out of range.
+
+  Source: [dst-ee] Huang et al., Dynamic Sparse Training via Balancing the
+    Exploration-Exploitation Trade-off, eq. (4).
+
+  >>> tx = weights.dst_ee(
+  ...   optax.sgd(0.1), sparsity=0.9, until=750, key=jax.random.key(0)
+  ... )
+  """
+  if c < 0:
+    raise ValueError(f"c must not be negative, got {c}")
+  if epsilon <= 0:
+    raise ValueError(f"epsilon must be positive, got {epsilon}")
+
+  def acquisition(seen):
+    t = jnp.maximum(seen.step, 1).astype(jnp.float32)
+    visits = seen.memory.astype(jnp.float32)
+    return scores.gradient(seen) + c * jnp.log(t) / (visits + epsilon)
+
+  return rigl(
+    inner,
+    grow=acquisition,
+    memory=lambda p: jnp.zeros_like(p, jnp.int32),
+    remember=lambda seen: seen.memory + seen.mask,
+    **settings,
+  )
+
+
+def top_kast(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float,
+  backward_sparsity: float,
+  every: int = 1,
+  until: int | None = None,
+  decay: float = 1e-4,
+  distribution: rules.Distribution = "uniform",
+  structure: rules.Structure = structures.Unstructured(),
+  **where: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Forward with the largest weights, updates to a superset of them.
+
+  Dense weights are kept; those outside the superset never change. The loss
+  pulls weights to zero: `decay * w` in the forward set and, stronger,
+  `decay * w / D` in the rest of the superset, D the layer's forward density.
+
+  The model must compute with `sparse_params(opt_state, params)` in every step.
+
+  Args:
+    inner: any Optax optimizer.
+    sparsity: share of weights masked in the forward pass, in [0, 1].
+    backward_sparsity: share that receives no update, at most `sparsity`.
+    every: steps between mask updates (the paper finds 100 as good as 1).
+    until: the last step that may be one; None for no end.
+    decay: strength of the L2 penalty.
+    distribution: how sparsity is divided among layers; the paper's is uniform.
+    structure: what shape masks take, for all weights or by path pattern.
+    **where: `where`, `axes` and `track_explored` of `sparsify`.
+
+  Returns:
+    An Optax optimizer around `inner`, with two bits of mask a weight.
+
+  Raises:
+    ValueError: as `sparsify`, or a backward_sparsity above `sparsity`.
+
+  Source: [top-kast] Jayakumar et al., Top-KAST: Top-K Always Sparse Training,
+    sec. 2.
+
+  >>> tx = weights.top_kast(optax.sgd(0.1), sparsity=0.9, backward_sparsity=0.5)
+  """
+  if not 0 <= backward_sparsity <= sparsity:
+    raise ValueError(
+      f"backward_sparsity must be in [0, sparsity={sparsity}], got "
+      f"{backward_sparsity}"
+    )
+
+  def penalized(seen):
+    w = seen.param.astype(jnp.float32)
+    density = jnp.mean(seen.mask, dtype=jnp.float32)
+    pull = jnp.where(seen.mask, w, w / jnp.maximum(density, 1e-6))
+    whole = (seen.grad + decay * pull).astype(seen.grad.dtype)
+    return jnp.where(seen.backward, whole, jnp.zeros((), whole.dtype))
+
+  rule = rules.Rule(
+    sparsity=sparsity,
+    backward_sparsity=backward_sparsity,
+    distribution=distribution,
+    structure=structure,
+    initial=scores.magnitude,
+    gradient=penalized,
+    dense=True,
+    every=every,
+    until=until,
+  )
+  return _sparsify.sparsify(inner, rule, **where)
+
+
+def _fraction(value: float) -> float:
+  if not 0 <= value <= 1:
+    raise ValueError(f"drop_fraction must be in [0, 1], got {value}")
+  return value

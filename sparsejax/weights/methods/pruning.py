@@ -1,0 +1,121 @@
+"""Pruning at random before training, or by magnitude during it."""
+
+from typing import Any
+
+import jax
+import optax
+
+from sparsejax.select import schedules
+from sparsejax.select import structures
+from sparsejax.weights import rules
+from sparsejax.weights import scores
+from sparsejax.weights import sparsify as _sparsify
+
+
+def static(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: rules.Sparsity | None = None,
+  key: jax.Array,
+  distribution: rules.Distribution = None,
+  structure: rules.Structure = structures.Unstructured(),
+  every: int = 100,
+  **where: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """A random mask drawn at `init` that never changes.
+
+  Args:
+    inner: any Optax optimizer.
+    sparsity: share of weights masked, in [0, 1], or by path pattern.
+    key: a PRNG key.
+    distribution: how the sparsity is divided among layers; "erk" by default.
+    structure: what shape masks take, for all weights or by path pattern.
+    every: steps between looks for violations.
+    **where: `where`, `axes` and `track_explored` of `sparsify`.
+
+  Returns:
+    An Optax optimizer around `inner`.
+
+  Raises:
+    ValueError: as `sparsify`.
+
+  Source: [random-pruning] Liu et al., The Unreasonable Effectiveness of Random
+    Pruning.
+
+  >>> params = {"kernel": jnp.ones((8, 8))}
+  >>> tx = weights.static(
+  ...   optax.adam(1e-3), sparsity=0.75, key=jax.random.key(0)
+  ... )
+  >>> int(weights.sparse_params(tx.init(params), params)["kernel"].sum())
+  16
+  """
+  rule = rules.Rule(
+    sparsity=sparsity,
+    distribution=distribution,
+    structure=structure,
+    every=every,
+  )
+  return _sparsify.sparsify(inner, rule, key=key, **where)
+
+
+def gradual_magnitude(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float,
+  begin: int,
+  until: int,
+  every: int = 100,
+  initial_sparsity: float = 0.0,
+  distribution: rules.Distribution = "uniform",
+  structure: rules.Structure = structures.Unstructured(),
+  **where: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Prunes the smallest weights along a cubic schedule while training.
+
+  `s_t = s_f + (s_i - s_f) (1 - (t - begin) / (until - begin))^3`, every
+  `every` steps; then the final mask stays. Masked weights receive no gradient.
+
+  Args:
+    inner: any Optax optimizer.
+    sparsity: the final share of weights masked, in [0, 1].
+    begin: step of the first mask update.
+    until: step at which the final sparsity is reached.
+    every: steps between mask updates; it must divide `until - begin`.
+    initial_sparsity: the share masked before.
+    distribution: how sparsity is divided among layers; the paper's is uniform.
+    structure: what shape masks take, for all weights or by path pattern.
+    **where: `where`, `axes` and `track_explored` of `sparsify`.
+
+  Returns:
+    An Optax optimizer around `inner`.
+
+  Raises:
+    ValueError: as `sparsify`, or where the schedule does not end on an update.
+
+  Source: [gradual-magnitude-pruning] Zhu and Gupta, To prune, or not to
+    prune, eq. (1).
+
+  >>> tx = weights.gradual_magnitude(
+  ...   optax.sgd(0.1), sparsity=0.5, begin=0, until=1000
+  ... )
+  """
+  for name, value in dict(
+    sparsity=sparsity, initial_sparsity=initial_sparsity
+  ).items():
+    if not 0 <= value <= 1:
+      raise ValueError(f"{name} must be in [0, 1], got {value}")
+  if until <= begin or (until - begin) % every:
+    raise ValueError(
+      "until must be after begin by a multiple of every, got "
+      f"begin={begin}, until={until}, every={every}"
+    )
+  rule = rules.Rule(
+    sparsity=schedules.cubic(initial_sparsity, sparsity, begin, until),
+    distribution=distribution,
+    structure=structure,
+    initial=scores.magnitude if initial_sparsity else None,
+    begin=begin,
+    until=until,
+    every=every,
+  )
+  return _sparsify.sparsify(inner, rule, **where)
