@@ -56,10 +56,7 @@ def pack(mask: Array) -> Array:
   axis = pack_axis(mask.shape)
   if axis is None:
     return mask
-  if not sharding.splits_by(mask, axis, 8):  # an explicit shard splits a byte
-    spec = list(jax.typeof(mask).sharding.spec)
-    spec[axis] = None
-    mask = jax.sharding.reshard(mask, jax.P(*spec))
+  mask = sharding.whole_groups(mask, axis, 8)
   shape = mask.shape
   split = mask.reshape(*shape[:axis], shape[axis] // 8, 8, *shape[axis + 1 :])
   bits = split.astype(jnp.uint8) << _bit_index(axis, mask.ndim)
@@ -147,11 +144,12 @@ def check_model(state: SparseState, params: PyTree) -> None:
     axis, want = pack_axis(shapes[n]), list(shapes[n])
     if axis is not None:
       want[axis] //= 8
-    if tuple(bits.shape) != tuple(want):
+    dtype = jnp.dtype(bool if axis is None else jnp.uint8)
+    if tuple(bits.shape) != tuple(want) or bits.dtype != dtype:
       raise ValueError(
-        f"opt_state is of another model: its mask of {n!r} has shape "
-        f"{tuple(bits.shape)}, and a parameter of shape {shapes[n]} takes "
-        f"{tuple(want)}"
+        f"opt_state is of another model: its mask of {n!r} is "
+        f"{bits.dtype}{list(bits.shape)}, and a parameter of shape "
+        f"{shapes[n]} takes {dtype}{want}"
       )
 
 
@@ -271,7 +269,7 @@ def keep_masked(masks: PyTree) -> optax.GradientTransformationExtraArgs:
   {'w': Array([[0.5, 0. ],
          [0.5, 0.5]], dtype=float32)}
   """
-  wanted = paths.named(masks)[0]
+  wanted = paths.named(jax.tree.map(jnp.asarray, masks))[0]
   every = 100  # steps between looks for violations: each reads all weights
 
   def init(params):

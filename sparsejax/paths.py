@@ -29,6 +29,9 @@ def named(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping], Any]]:
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
   names = [name_of(path) for path, _ in leaves]
+  if len(set(names)) < len(names):
+    twice = sorted({n for n in names if names.count(n) > 1})
+    raise ValueError(f"leaves must have names of their own, got {twice} twice")
 
   def rebuild(by_name: Mapping[str, Any]) -> Any:
     return treedef.unflatten([by_name[n] for n in names])
@@ -42,22 +45,23 @@ def matching(
   """The value for each name: that of the first pattern found in it.
 
   Patterns are regular expressions, searched for. Names that none matches are
-  left out; a pattern found nowhere is an error.
+  left out; a pattern that gives no name its value is an error.
 
   >>> matching("rank", {"mlp": 8, "kernel$": 4}, ["mlp/kernel", "out/kernel"])
   {'mlp/kernel': 8, 'out/kernel': 4}
   """
   names = list(names)
-  for pattern in patterns:
-    if not any(re.search(pattern, n) for n in names):
-      raise ValueError(
-        f"{setting} has a pattern that matches no weight: {pattern!r}; the "
-        f"weights are {names}"
-      )
-  out = {}
+  out, used = {}, set()
   for name in names:
     for pattern, value in patterns.items():
       if re.search(pattern, name):
         out[name] = value
+        used.add(pattern)
         break
+  for pattern in patterns:
+    if pattern not in used:
+      raise ValueError(
+        f"{setting} has a pattern that matches no weight which an earlier one "
+        f"does not: {pattern!r}; the weights are {names}"
+      )
   return out

@@ -27,6 +27,15 @@ def splits_by(x: Array, axis: int, size: int) -> bool:
   return x.shape[axis] % size == 0
 
 
+def whole_groups(x: Array, axis: int, size: int) -> Array:
+  """`x`, resharded where groups of `size` would straddle explicit shards."""
+  if not is_explicit(x) or splits_by(x, axis, size):
+    return x
+  spec = list(jax.typeof(x).sharding.spec)
+  spec[axis] = None
+  return jax.sharding.reshard(x, jax.P(*spec))
+
+
 def like(x: Array, other: Array) -> Array:
   """`x` with the explicit sharding of `other`; the identity under Auto."""
   if not is_explicit(other):

@@ -12,6 +12,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 Budget = Callable[[Shapes, float], dict[str, float]]
 
 
+def _check(density: float) -> None:
+  if not 0 <= density <= 1:
+    raise ValueError(f"density must be in [0, 1], got {density}")
+
+
 def _proportional(
   shapes: Shapes,
   density: float,
@@ -19,19 +24,20 @@ def _proportional(
   fixed: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
   """Densities proportional to `share`, capped at 1, that meet the total."""
+  _check(density)
   size = {n: math.prod(s) for n, s in shapes.items()}
   out = dict(fixed or {})
   while True:
     free = [n for n in shapes if n not in out]
     left = density * sum(size.values())
     left -= sum(size[n] * d for n, d in out.items())
-    if left < 0:
+    if left < -1e-6 * sum(size.values()):
       raise ValueError(
         f"density is too low to keep {sorted(fixed or {})} as dense as the "
         f"distribution asks, got {density}"
       )
     weight = sum(size[n] * share(shapes[n]) for n in free)
-    scale = left / weight if weight else 0.0
+    scale = max(left, 0.0) / weight if weight else 0.0
     over = [n for n in free if scale * share(shapes[n]) > 1]
     if not over:
       return {n: out.get(n, scale * share(shapes[n])) for n in shapes}
@@ -44,6 +50,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
   >>> uniform({"a": (2, 3), "b": (4, 4)}, 0.5)
   {'a': 0.5, 'b': 0.5}
   """
+  _check(density)
   return dict.fromkeys(shapes, density)
 
 

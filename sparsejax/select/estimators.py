@@ -112,6 +112,8 @@ def gumbel_softmax(
   >>> float(w.sum()), float(w.max())
   (1.0, 1.0)
   """
+  if not isinstance(temperature, jax.core.Tracer) and temperature <= 0:
+    raise ValueError(f"temperature must be positive, got {temperature}")
   noise = jax.random.gumbel(key, logits.shape, jnp.float32)
   soft = jax.nn.softmax((logits + noise) / temperature, axis=-1)
   soft = soft.astype(logits.dtype)

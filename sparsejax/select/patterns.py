@@ -43,7 +43,9 @@ def flat_block_butterfly(
     raise ValueError(f"max_stride must be a power of two, got {max_stride}")
   rows, columns = shape[0] // block, shape[1] // block
   size = min(rows, columns)
-  if max(rows, columns) % max(1, size):
+  if not size:
+    return np.zeros(shape, bool)
+  if max(rows, columns) % size:
     raise ValueError(
       "shape must have blocks along one axis that divide those along the "
       f"other, got {rows} x {columns} blocks"

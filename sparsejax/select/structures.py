@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sparsejax import sharding
 from sparsejax.select import thresholds
 from sparsejax.select import top_k
 
@@ -42,6 +43,11 @@ class Axes:
 
   def of(self, ndim: int) -> "Axes":
     """The same with nonnegative numbers, checked against `ndim`."""
+    for name in ("stack", "input", "output"):
+      if not isinstance(getattr(self, name), tuple):
+        raise ValueError(
+          f"{name} must be a tuple of axes, got {getattr(self, name)!r}"
+        )
     if self == Axes() and ndim < 2:  # the default, for biases and scalars
       return Axes((), (), tuple(range(ndim)))
     parts = [
@@ -102,7 +108,7 @@ class Structure:
     """Units in a group."""
     over = self.group_axes(len(shape), axes)
     units = math.prod(shape[a] for a in over)
-    return units // self.unit_size(shape, axes)
+    return units // (self.unit_size(shape, axes) or 1)
 
   def group_count(
     self, shape: Sequence[int], axes: Axes, density: float
@@ -115,6 +121,7 @@ class Structure:
   ) -> int:
     """Weights that a selection at `density` keeps, exactly."""
     self.check(shape, axes)
+    _check_density(density)
     kept = self.group_count(shape, axes, density)
     groups = math.prod(shape) // (
       self.group_size(shape, axes) * self.unit_size(shape, axes) or 1
@@ -165,18 +172,50 @@ class Structure:
       kept = self.select(thresholds.never(stay, ~kept), count, axes)
     return self.select(thresholds.always(grow, kept), count, axes)
 
-  def mask(self, scores: Array, density: float, axes: Axes = Axes()) -> Array:
-    """A boolean mask of `scores` at `density`: the structure, used alone.
+  def mask(
+    self, scores: Array, density: float | None = None, axes: Axes = Axes()
+  ) -> Array:
+    """A boolean mask of `scores`: the structure, used alone.
 
-    >>> NM(2, 4).mask(jnp.arange(8.0).reshape(8, 1), 0.5).ravel().tolist()
+    Args:
+      scores: a floating array `[..., inputs, outputs]`.
+      density: share of weights to keep, in [0, 1]; n:m has its own.
+      axes: dimension numbers.
+
+    Returns:
+      A boolean array shaped and sharded as `scores`.
+
+    Raises:
+      ValueError: the structure does not fit, or density is missing or wrong.
+
+    >>> NM(2, 4).mask(jnp.arange(8.0).reshape(8, 1)).ravel().tolist()
     [False, False, True, True, False, False, True, True]
     """
     self.check(scores.shape, axes)
-    if not 0 <= density <= 1:
-      raise ValueError(f"density must be in [0, 1], got {density}")
-    keys = thresholds.ordered_keys(self.pool(scores, axes))
+    if density is None:
+      if not isinstance(self, NM):
+        raise ValueError(f"density must be given for {self}, got None")
+      density = self.n / self.m
+    _check_density(density)
     count = self.group_count(scores.shape, axes, density)
-    return self.spread(self.select(keys, count, axes), scores.shape, axes)
+    if not scores.size:
+      return jnp.zeros(scores.shape, bool)
+    keys = thresholds.ordered_keys(self.pool(scores, axes))
+    mask = self.spread(self.select(keys, count, axes), scores.shape, axes)
+    return jnp.ones_like(scores, bool) & mask  # sharded as the scores are
+
+
+def _check_density(density: float) -> None:
+  if not 0 <= density <= 1:
+    raise ValueError(f"density must be in [0, 1], got {density}")
+
+
+def _check_layer_axis(name: str, axis: int, ndim: int, axes: Axes) -> None:
+  if axis not in axes.layer(ndim):
+    raise ValueError(
+      f"{name} must choose within a layer, got axis {axis}, which stacks "
+      f"layers: {axes}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +243,12 @@ class NM(Structure):
   rigid = True
 
   def __post_init__(self):
-    if not 0 <= self.n <= self.m or self.m < 1:
-      raise ValueError(f"n must be in [0, m], got n={self.n}, m={self.m}")
+    whole = isinstance(self.n, int) and isinstance(self.m, int)
+    if not whole or not 0 <= self.n <= self.m or self.m < 1:
+      raise ValueError(
+        "n must be an integer in [0, m], and m one above 0, got "
+        f"n={self.n}, m={self.m}"
+      )
 
   def along(self, ndim: int, axes: Axes) -> int:
     """The axis that groups lie along."""
@@ -221,6 +264,7 @@ class NM(Structure):
         f"m must divide axis {axis} of the weight, got m={self.m} for shape "
         f"{tuple(shape)}"
       )
+    _check_layer_axis("NM", axis, len(shape), axes)
 
   def group_axes(self, ndim, axes):
     return (self.along(ndim, axes),)
@@ -229,13 +273,24 @@ class NM(Structure):
     return self.m
 
   def group_count(self, shape, axes, density):
+    if abs(density * self.m - self.n) > 1e-6:
+      raise ValueError(
+        f"density must be n/m = {self.n / self.m} for {self}, got {density}"
+      )
     return self.n
 
   def select(self, keys, count, axes):
-    # m is small, so each weight's rank in its group is counted pairwise:
-    # thirty times faster than bisecting or sorting.
     a = self.along(keys.ndim, axes)
-    groups = keys.reshape(*keys.shape[:a], -1, self.m, *keys.shape[a + 1 :])
+    whole = sharding.whole_groups(keys, a, self.m)
+    groups = (*keys.shape[:a], keys.shape[a] // self.m, self.m)
+    groups = whole.reshape(*groups, *keys.shape[a + 1 :])
+    if jnp.ndim(count):
+      count = jnp.expand_dims(count, a + 1)
+    if self.m > 32:
+      (chosen,) = top_k.top_k_keys([groups], count, (a + 1,))
+      return sharding.like(chosen.reshape(keys.shape), keys)
+    # Each weight's rank in its small group is counted pairwise: thirty times
+    # faster than bisecting or sorting.
     rows = jnp.split(groups, self.m, a + 1)
     ranks = [
       sum(
@@ -249,7 +304,7 @@ class NM(Structure):
       for i, row in enumerate(rows)
     ]
     chosen = (jnp.concatenate(ranks, a + 1) < count) & (groups != 0)
-    return chosen.reshape(keys.shape)
+    return sharding.like(chosen.reshape(keys.shape), keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,8 +318,10 @@ class Block(Structure):
   shape: tuple[int, int]
 
   def __post_init__(self):
-    if len(self.shape) != 2 or min(self.shape) < 1:
+    pair = isinstance(self.shape, (tuple, list)) and len(self.shape) == 2
+    if not pair or not all(isinstance(d, int) and d > 0 for d in self.shape):
       raise ValueError(f"shape must be two positive integers, got {self.shape}")
+    object.__setattr__(self, "shape", tuple(self.shape))  # hashable
 
   def check(self, shape, axes):
     fits = len(shape) >= 2 and not (
@@ -275,23 +332,33 @@ class Block(Structure):
         f"Block shape {self.shape} must divide the last two axes of the "
         f"weight, got shape {tuple(shape)}"
       )
+    for axis in (len(shape) - 2, len(shape) - 1):
+      if axis not in axes.layer(len(shape)):
+        raise ValueError(
+          f"Block must lie within a layer, but of the last two axes {axis} "
+          f"stacks layers: {axes}"
+        )
 
   def unit_size(self, shape, axes):
     return math.prod(self.shape)
 
+  # One axis at a time: explicit sharding splits and merges no two at once.
+
   def pool(self, scores, axes):
-    *lead, rows, columns = scores.shape
     r, c = self.shape
-    blocks = scores.reshape(*lead, rows // r, r, columns // c, c)
-    return jnp.mean(blocks, (-3, -1))
+    x = sharding.whole_groups(scores, scores.ndim - 2, r)
+    *lead, rows, columns = x.shape
+    x = jnp.mean(x.reshape(*lead, rows // r, r, columns), -2)
+    x = sharding.whole_groups(x, x.ndim - 1, c)
+    return jnp.mean(x.reshape(*lead, rows // r, columns // c, c), -1)
 
   def spread(self, mask, shape, axes):
     r, c = self.shape
     *lead, rows, columns = mask.shape
-    blocks = jnp.broadcast_to(
-      mask[..., :, None, :, None], (*lead, rows, r, columns, c)
-    )
-    return blocks.reshape(shape)
+    x = jnp.broadcast_to(mask[..., None], (*mask.shape, c))
+    x = x.reshape(*lead, rows, columns * c)[..., None, :]
+    x = jnp.broadcast_to(x, (*lead, rows, r, columns * c))
+    return x.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,11 +382,13 @@ class Channel(Structure):
   def check(self, shape, axes):
     if not shape:
       raise ValueError("Channel must have an axis to choose from, got shape ()")
-    self.along(len(shape), axes)
+    axis = self.along(len(shape), axes)
+    _check_layer_axis("Channel", axis, len(shape), axes)
 
   def unit_size(self, shape, axes):
-    layer = math.prod(shape[a] for a in axes.layer(len(shape)))
-    return layer // max(1, shape[self.along(len(shape), axes)])
+    keep = self.along(len(shape), axes)
+    others = (a for a in axes.layer(len(shape)) if a != keep)
+    return math.prod(shape[a] for a in others)
 
   def pool(self, scores, axes):
     keep = self.along(scores.ndim, axes)

@@ -33,8 +33,9 @@ def ordered_keys(scores: Array) -> Array:
   bits = scores.dtype.itemsize * 8
   uint = jnp.dtype(f"uint{bits}").type
   sign = uint(1 << (bits - 1))
-  zeros = jnp.zeros((), scores.dtype)
-  raw = lax.bitcast_convert_type(jnp.where(scores == 0, zeros, scores), uint)
+  raw = lax.bitcast_convert_type(scores, uint)
+  # By bits: `scores == 0` would also hold for subnormals, flushed to zero.
+  raw = jnp.where(raw == sign, uint(0), raw)
   keys = jnp.where(raw < sign, raw | sign, ~raw)
   return lax.stop_gradient(jnp.where(jnp.isnan(scores), uint(1), keys))
 
@@ -123,24 +124,28 @@ def normal_axis(axis: Axis, ndim: int) -> tuple[int, ...] | None:
   """`axis` as a tuple of nonnegative axes, or None."""
   if axis is None:
     return None
-  axes = (axis,) if isinstance(axis, int) else tuple(axis)
+  axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
   for a in axes:
     if not -ndim <= a < ndim:
       raise ValueError(f"axis must be in [{-ndim}, {ndim}), got {axis}")
   return tuple(a % ndim for a in axes)
 
 
-def check_k(k: Array | int, size: int) -> Array | int:
+def check_k(k: Array | int, size: int, scalar: bool = False) -> Array | int:
   """`k`, refused where it is known to be out of range, else clamped."""
   if size >= 2**31:
     raise ValueError(
       f"scores must hold fewer than 2**31 entries to be ranked, got {size}"
     )
+  if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+    raise ValueError(f"k must be an integer, got {k!r}")
+  if scalar and jnp.ndim(k):
+    raise ValueError(
+      f"k must be a scalar where axis is None, got shape {jnp.shape(k)}"
+    )
   if isinstance(k, jax.core.Tracer):
     return jnp.clip(k, 0, size)
   values = np.asarray(k)
-  if not np.issubdtype(values.dtype, np.integer):
-    raise ValueError(f"k must be an integer, got {k!r}")
   if np.any((values < 0) | (values > size)):
     raise ValueError(f"k must be in [0, {size}], got {k}")
   return k
@@ -152,6 +157,9 @@ def score_leaves(scores: Any) -> tuple[list[Array], Any]:
   if not leaves:
     raise ValueError("scores must have at least one array, got an empty tree")
   leaves = [jnp.asarray(x) for x in leaves]
+  for x in leaves:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"scores must be floating, got {x.dtype}")
   dtype = jnp.result_type(*leaves)
   return [x.astype(dtype) for x in leaves], treedef
 
@@ -182,7 +190,7 @@ def kth_largest(scores: Any, k: Array | int, *, axis: Axis = None) -> Array:
   """
   leaves, treedef = score_leaves(scores)
   if axis is None:
-    k = check_k(k, sum(x.size for x in leaves))
+    k = check_k(k, sum(x.size for x in leaves), scalar=True)
     return _kth_score(leaves, k, None)
   out = []
   for x in leaves:

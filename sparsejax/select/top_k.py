@@ -91,7 +91,7 @@ def top_k_mask(
   leaves, treedef = thresholds.score_leaves(scores)
   keys = [thresholds.ordered_keys(x) for x in leaves]
   if axis is None:
-    k = thresholds.check_k(k, sum(x.size for x in leaves))
+    k = thresholds.check_k(k, sum(x.size for x in leaves), scalar=True)
     return treedef.unflatten(top_k_keys(keys, k))
   out = []
   for x in keys:

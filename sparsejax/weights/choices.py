@@ -65,10 +65,10 @@ class Look:
     }
 
   def spread(self, units, stage=0):
+    """Masks of weights, sharded as the parameters are."""
     return {
-      n: leaf.structures[stage].spread(
-        units[n], self.params[n].shape, leaf.axes
-      )
+      n: jnp.ones_like(self.params[n], bool)
+      & leaf.structures[stage].spread(units[n], self.params[n].shape, leaf.axes)
       for n, leaf in self.plan.leaves.items()
     }
 

@@ -178,7 +178,7 @@ def make_plan(
       s = found[n][0]
       count = counts.get(n)
       if count is None:
-        count = np.int32(s.group_count(shape[n], at[n], 1.0))
+        count = np.int32(s.n)  # n:m, which no budget changes
       keep[n].append(count)
       if rule.grow is not None:
         fraction = _value(rule.drop_fraction, step)

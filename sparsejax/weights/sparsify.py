@@ -81,8 +81,7 @@ def sparsify(
     if rule.memory:
       seen = look.seen(first)
       memory |= {n: rule.remember(seen[n]) for n in plan.leaves}
-    # `full &` gives a mask its parameter's sharding, also outside of jit.
-    bits = {n: masks.pack(full[n] & first[n]) for n in full}
+    bits = {n: masks.pack(m) for n, m in first.items()}
     zero = jnp.zeros((), jnp.int32)
     return masks.SparseState(
       count=zero,
@@ -93,7 +92,7 @@ def sparsify(
       memory=rebuild(memory) if rule.memory else None,
       explored=rebuild(bits) if track_explored else None,
       backward=(
-        rebuild({n: masks.pack(full[n] & backward[n]) for n in full})
+        rebuild({n: masks.pack(m) for n, m in backward.items()})
         if rule.backward_sparsity is not None
         else None
       ),
@@ -223,12 +222,9 @@ def _revised(rule, look, state, rebuild):
 
     def settle(chosen, before):
       return {
-        n: jnp.where(finite[n], masks.pack(sharded(m, n)), before[n])
+        n: jnp.where(finite[n], masks.pack(m), before[n])
         for n, m in chosen.items()
       }
-
-    def sharded(mask, n):
-      return jnp.ones_like(look.params[n], bool) & mask
 
     chosen = (
       look.select(active, rule.drop)
