@@ -5,6 +5,7 @@ times of separate runs do not.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -69,8 +70,9 @@ class Peer:
     self()  # the first run may compile
 
   def __call__(self) -> float:
-    self._process.stdin.write("run\n")
-    self._process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # told by the missing answer
+      self._process.stdin.write("run\n")
+      self._process.stdin.flush()
     line = self._process.stdout.readline()
     if not line:
       raise RuntimeError(f"peer ended with {self._process.wait()}")
@@ -78,7 +80,8 @@ class Peer:
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
     self._process.wait()
 
 
