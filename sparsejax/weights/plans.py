@@ -182,6 +182,10 @@ def make_plan(
       keep[n].append(count)
       if rule.grow is not None:
         fraction = _value(rule.drop_fraction, step)
+        if not 0 <= fraction <= 1:
+          raise ValueError(
+            f"drop_fraction at step {step} must be in [0, 1], got {fraction}"
+          )
         units = count * _groups(s, shape[n], at[n], together)
         drops[n].append(np.floor(units * fraction).astype(np.int32))
   backward = {n: None for n in names}
@@ -250,34 +254,35 @@ def _counts(rule, sparsity, structure, axes, shape):
     return dict.fromkeys(sparsity, np.int32(kept))
 
   # A stack's layers enter the budget one by one, under names of their own.
-  slots = {n: [(n, i) for i in range(layers[n])] for n in sparsity}
-  shapes = {
-    slot: axes[n].layer_shape(shape[n]) for n in sparsity for slot in slots[n]
+  slots = {
+    n: [f"{n}[{i}]" for i in range(layers[n])] if layers[n] > 1 else [n]
+    for n in sparsity
   }
   if isinstance(rule.sparsity, Mapping):
-    density = {slot: 1 - sparsity[slot[0]] for slot in shapes}
+    density = {slot: 1 - sparsity[n] for n in slots for slot in slots[n]}
   else:
     divide = rule.distribution or "erk"
     divide = budgets.BUDGETS[divide] if isinstance(divide, str) else divide
+    shapes = {
+      slot: axes[n].layer_shape(shape[n]) for n in slots for slot in slots[n]
+    }
     density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
 
-  out = {n: np.int32(0) for n in sparsity}
+  out, quotas = {}, {one: {} for one in sorted(set(unit.values()))}
   for n, s in structure.items():
     if s.rigid:
-      out[n] = np.int32(s.group_count(shape[n], axes[n], density[n, 0]))
-  free = [n for n in sparsity if not structure[n].rigid]
-  for one in sorted({unit[n] for n in free}):
-    quotas = {
-      slot: density[slot] * size[n]
-      for n in free
-      if unit[n] == one
-      for slot in slots[n]
-    }
-    whole = budgets.largest_remainder(quotas)
-    for n in {slot[0] for slot in quotas}:
-      count = np.asarray([whole[slot] for slot in slots[n]], np.int32)
-      stack = axes[n].of(len(shape[n])).stack
-      out[n] = count.reshape(
-        [d if a in stack else 1 for a, d in enumerate(shape[n])]
-      )
+      first = density[slots[n][0]]
+      out[n] = np.int32(s.group_count(shape[n], axes[n], first))
+    else:
+      quotas[unit[n]] |= {slot: density[slot] * size[n] for slot in slots[n]}
+  # Units of one size are rounded together, so that their sum is met.
+  whole = {}
+  for same in quotas.values():
+    whole |= budgets.largest_remainder(same)
+  for n in structure.keys() - out.keys():
+    count = np.asarray([whole[slot] for slot in slots[n]], np.int32)
+    stack = axes[n].of(len(shape[n])).stack
+    out[n] = count.reshape(
+      [d if a in stack else 1 for a, d in enumerate(shape[n])]
+    )
   return out

@@ -83,6 +83,17 @@ class Rule:
         raise ValueError("backward_sparsity must come with dense=True")
       if self.staged:
         raise ValueError("backward_sparsity must not come with stages")
+      most = 1 if callable(self.sparsity) else self.sparsity
+      if most is None or isinstance(most, Mapping):
+        raise ValueError(
+          "backward_sparsity must come with one sparsity, got "
+          f"sparsity={self.sparsity}"
+        )
+      if not 0 <= self.backward_sparsity <= most:
+        raise ValueError(
+          f"backward_sparsity must be in [0, sparsity={most}], got "
+          f"{self.backward_sparsity}"
+        )
     if self.staged and self.grow is not None:
       raise ValueError("stages of structures must not come with grow")
     if self.staged and not all(

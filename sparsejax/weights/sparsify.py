@@ -88,7 +88,8 @@ def sparsify(
       masks=rebuild(bits),
       violations=zero,
       churn=jnp.zeros(len(leaves), jnp.int32),
-      key=key_data,
+      # A new array: one made outside of a mesh would change its type in it.
+      key=None if key_data is None else key_data + 0,
       memory=rebuild(memory) if rule.memory else None,
       explored=rebuild(bits) if track_explored else None,
       backward=(
@@ -106,6 +107,10 @@ def sparsify(
     masks.check_model(state, params)
     leaves, rebuild = paths.named(params)
     raw = paths.named(grads)[0]
+    if new := leaves.keys() - paths.named(state.masks)[0].keys():
+      raise ValueError(
+        f"opt_state is of another model: it has no masks of {sorted(new)}"
+      )
     plan = plans.make_plan(rule, leaves, where, axes)
     step = state.count
 
@@ -179,8 +184,8 @@ def reset(inner: optax.GradientTransformation, state: Any, where: Any) -> Any:
   """Zeroes every parameter-shaped buffer of any optimizer where `where`."""
 
   def zero(buffer, at):
-    if getattr(buffer, "shape", None) != at.shape:
-      return buffer  # factored or absent: adafactor's rows, for one
+    if getattr(buffer, "shape", None) != getattr(at, "shape", ()):
+      return buffer  # factored or absent: adafactor's rows, MaskedNode
     return jnp.where(at, jnp.zeros_like(buffer), buffer)
 
   return optax.tree.map_params(
