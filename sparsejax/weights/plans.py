@@ -20,6 +20,7 @@ from sparsejax.select import structures
 from sparsejax.weights import rules
 
 Where = str | Callable[[str, Any], bool] | None
+AxesByPath = structures.Axes | Mapping[str, structures.Axes]
 
 _LEFT_DENSE = re.compile("embed|norm", re.IGNORECASE)
 
@@ -123,7 +124,7 @@ def make_plan(
   rule: rules.Rule,
   params: Mapping[str, Any],
   where: Where,
-  axes: structures.Axes | Mapping[str, structures.Axes],
+  axes: AxesByPath,
 ) -> Plan:
   """Tables the counts of `rule` for parameters of these shapes."""
   names = sparse_names(params, where)

@@ -1,6 +1,5 @@
 """The one mechanism: wraps an Optax optimizer so that weights are sparse."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ def sparsify(
   rule: rules.Rule,
   *,
   where: plans.Where = None,
-  axes: structures.Axes | Mapping[str, structures.Axes] = structures.Axes(),
+  axes: plans.AxesByPath = structures.Axes(),
   key: Array | None = None,
   track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,6 +1,6 @@
 """Dynamic sparse training: masks that move while their size stays."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 
 from sparsejax.select import schedules
 from sparsejax.select import structures
+from sparsejax.weights import plans
 from sparsejax.weights import rules
 from sparsejax.weights import scores
 from sparsejax.weights import sparsify as _sparsify
@@ -23,7 +24,9 @@ def set_(
   drop_fraction: float | schedules.Schedule = 0.3,
   distribution: rules.Distribution = None,
   structure: rules.Structure = structures.Unstructured(),
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Sparse evolutionary training: drops the smallest, grows at random.
 
@@ -39,7 +42,9 @@ def set_(
     drop_fraction: share of active weights exchanged, constant or a schedule.
     distribution: how sparsity is divided among layers; "erk" by default.
     structure: what shape masks take, for all weights or by path pattern.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -63,7 +68,9 @@ def set_(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(inner, rule, key=key, **where)
+  return _sparsify.sparsify(
+    inner, rule, key=key, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 sparse_evolutionary = set_
@@ -80,7 +87,11 @@ def rigl(
   distribution: rules.Distribution = None,
   structure: rules.Structure = structures.Unstructured(),
   grow: scores.Score = scores.gradient,
-  **settings: Any,
+  memory: Callable[[jax.Array], jax.Array] | None = None,
+  remember: Callable[[scores.Seen], jax.Array] | None = None,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Drops the smallest weights and grows where the gradient is largest.
 
@@ -100,8 +111,11 @@ def rigl(
     distribution: how sparsity is divided among layers; "erk" by default.
     structure: what shape masks take, for all weights or by path pattern.
     grow: score of inactive weights.
-    **settings: `where`, `axes` and `track_explored` of `sparsify`; `memory`
-      and `remember` of `Rule`.
+    memory: initial value of a buffer for `grow`, from the parameter.
+    remember: that buffer after a mask update.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -126,7 +140,6 @@ def rigl(
     if until < 1:
       raise ValueError(f"until must be at least 1, got {until}")
     drop_fraction = schedules.cosine(_fraction(drop_fraction), until)
-  own = {k: settings.pop(k) for k in ("memory", "remember") if k in settings}
   rule = rules.Rule(
     sparsity=sparsity,
     distribution=distribution,
@@ -135,17 +148,27 @@ def rigl(
     drop_fraction=drop_fraction,
     every=every,
     until=until,
-    **own,
+    memory=memory,
+    remember=remember,
   )
-  return _sparsify.sparsify(inner, rule, key=key, **settings)
+  return _sparsify.sparsify(
+    inner, rule, key=key, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 def srigl(
   inner: optax.GradientTransformation,
   *,
-  ablate: float = 0.3,
+  sparsity: rules.Sparsity,
+  key: jax.Array,
+  every: int = 100,
+  until: int,
+  drop_fraction: float | schedules.Schedule = 0.3,
   distribution: rules.Distribution = None,
-  **settings,
+  ablate: float = 0.3,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """RigL with the same fan-in for every neuron, and neuron ablation.
 
@@ -158,9 +181,16 @@ def srigl(
 
   Args:
     inner: any Optax optimizer.
-    ablate: the paper's gamma, in [0, 1]; 0 removes no neuron.
+    sparsity: share of weights masked, in [0, 1], or by path pattern.
+    key: a PRNG key, for the first masks.
+    every: steps between mask updates.
+    until: the last step that may be one.
+    drop_fraction: as in `rigl`.
     distribution: how sparsity is divided among layers; "erk" by default.
-    **settings: those of `rigl`, but for `structure`.
+    ablate: the paper's gamma, in [0, 1]; 0 removes no neuron.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -175,16 +205,36 @@ def srigl(
   ...   optax.sgd(0.1), sparsity=0.9, until=750, key=jax.random.key(0)
   ... )
   """
-  structure = structures.ConstantFanIn(ablate=ablate)
-  return rigl(inner, structure=structure, distribution=distribution, **settings)
+  return rigl(
+    inner,
+    sparsity=sparsity,
+    key=key,
+    every=every,
+    until=until,
+    drop_fraction=drop_fraction,
+    distribution=distribution,
+    structure=structures.ConstantFanIn(ablate=ablate),
+    where=where,
+    axes=axes,
+    track_explored=track_explored,
+  )
 
 
 def dst_ee(
   inner: optax.GradientTransformation,
   *,
+  sparsity: rules.Sparsity,
+  key: jax.Array,
+  every: int = 100,
+  until: int,
+  drop_fraction: float | schedules.Schedule = 0.3,
+  distribution: rules.Distribution = None,
+  structure: rules.Structure = structures.Unstructured(),
   c: float = 1e-3,
   epsilon: float = 1.0,
-  **settings,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """RigL that also explores: grows by `|gradient| + c ln(t) / (N + epsilon)`.
 
@@ -193,9 +243,18 @@ def dst_ee(
 
   Args:
     inner: any Optax optimizer.
+    sparsity: share of weights masked, in [0, 1], or by path pattern.
+    key: a PRNG key, for the first masks.
+    every: steps between mask updates.
+    until: the last step that may be one.
+    drop_fraction: as in `rigl`.
+    distribution: how sparsity is divided among layers; "erk" by default.
+    structure: what shape masks take, for all weights or by path pattern.
     c: weight of exploration, at least 0.
     epsilon: keeps the quotient finite, above 0.
-    **settings: those of `rigl`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`; its state holds one int32 a weight.
@@ -222,10 +281,19 @@ def dst_ee(
 
   return rigl(
     inner,
+    sparsity=sparsity,
+    key=key,
+    every=every,
+    until=until,
+    drop_fraction=drop_fraction,
+    distribution=distribution,
+    structure=structure,
     grow=acquisition,
     memory=lambda p: jnp.zeros_like(p, jnp.int32),
     remember=lambda seen: seen.memory + seen.mask,
-    **settings,
+    where=where,
+    axes=axes,
+    track_explored=track_explored,
   )
 
 
@@ -239,7 +307,9 @@ def top_kast(
   decay: float = 1e-4,
   distribution: rules.Distribution = "uniform",
   structure: rules.Structure = structures.Unstructured(),
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Forward with the largest weights, updates to a superset of them.
 
@@ -258,7 +328,9 @@ def top_kast(
     decay: strength of the L2 penalty.
     distribution: how sparsity is divided among layers; the paper's is uniform.
     structure: what shape masks take, for all weights or by path pattern.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`, with two bits of mask a weight.
@@ -295,7 +367,9 @@ def top_kast(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(inner, rule, **where)
+  return _sparsify.sparsify(
+    inner, rule, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 def _fraction(value: float) -> float:

@@ -1,12 +1,12 @@
 """Training under n:m patterns with dense weights behind them."""
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 from sparsejax.select import structures
+from sparsejax.weights import plans
 from sparsejax.weights import rules
 from sparsejax.weights import scores
 from sparsejax.weights import sparsify as _sparsify
@@ -21,7 +21,9 @@ def sr_ste(
   every: int = 1,
   until: int | None = None,
   axis: int | None = None,
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """n:m training: straight-through gradients, and decay of masked weights.
 
@@ -38,7 +40,9 @@ def sr_ste(
     every: steps between mask updates; the paper's is 1.
     until: the last step that may be one; None for no end.
     axis: the axis of the groups, if another.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -64,7 +68,9 @@ def sr_ste(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(inner, rule, **where)
+  return _sparsify.sparsify(
+    inner, rule, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 def mask_decay(
@@ -77,7 +83,9 @@ def mask_decay(
   kind: str = "linear",
   every: int = 1,
   axis: int | None = None,
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """MdGf: masked weights fade out of the forward pass, and out of training.
 
@@ -98,7 +106,9 @@ def mask_decay(
     kind: "linear", or "exponential" (down to 1% just before `until`).
     every: steps between mask updates.
     axis: the axis of the groups, if another.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -131,7 +141,9 @@ def mask_decay(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(inner, rule, **where)
+  return _sparsify.sparsify(
+    inner, rule, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 def structure_decay(
@@ -144,7 +156,9 @@ def structure_decay(
   kind: str = "stepwise",
   every: int = 1,
   axis: int | None = None,
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """SdGf: the n:m pattern tightens in stages, with straight-through gradients.
 
@@ -163,7 +177,9 @@ def structure_decay(
     kind: "stepwise" or "geometric".
     every: steps between mask updates.
     axis: the axis of the groups, if another.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -198,7 +214,9 @@ def structure_decay(
     every=every,
     until=None,
   )
-  return _sparsify.sparsify(inner, rule, **where)
+  return _sparsify.sparsify(
+    inner, rule, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 def decay_patterns(n: int, m: int, kind: str) -> list[tuple[int, int]]:

@@ -1,12 +1,11 @@
 """Pruning at random before training, or by magnitude during it."""
 
-from typing import Any
-
 import jax
 import optax
 
 from sparsejax.select import schedules
 from sparsejax.select import structures
+from sparsejax.weights import plans
 from sparsejax.weights import rules
 from sparsejax.weights import scores
 from sparsejax.weights import sparsify as _sparsify
@@ -20,7 +19,9 @@ def static(
   distribution: rules.Distribution = None,
   structure: rules.Structure = structures.Unstructured(),
   every: int = 100,
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """A random mask drawn at `init` that never changes.
 
@@ -31,7 +32,9 @@ def static(
     distribution: how the sparsity is divided among layers; "erk" by default.
     structure: what shape masks take, for all weights or by path pattern.
     every: steps between looks for violations.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -55,7 +58,9 @@ def static(
     structure=structure,
     every=every,
   )
-  return _sparsify.sparsify(inner, rule, key=key, **where)
+  return _sparsify.sparsify(
+    inner, rule, key=key, where=where, axes=axes, track_explored=track_explored
+  )
 
 
 def gradual_magnitude(
@@ -68,7 +73,9 @@ def gradual_magnitude(
   initial_sparsity: float = 0.0,
   distribution: rules.Distribution = "uniform",
   structure: rules.Structure = structures.Unstructured(),
-  **where: Any,
+  where: plans.Where = None,
+  axes: plans.AxesByPath = structures.Axes(),
+  track_explored: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Prunes the smallest weights along a cubic schedule while training.
 
@@ -84,7 +91,9 @@ def gradual_magnitude(
     initial_sparsity: the share masked before.
     distribution: how sparsity is divided among layers; the paper's is uniform.
     structure: what shape masks take, for all weights or by path pattern.
-    **where: `where`, `axes` and `track_explored` of `sparsify`.
+    where: which parameters are sparse, as in `sparsify`.
+    axes: dimension numbers, for all or by path pattern.
+    track_explored: also keep which weights were ever active.
 
   Returns:
     An Optax optimizer around `inner`.
@@ -118,4 +127,6 @@ def gradual_magnitude(
     until=until,
     every=every,
   )
-  return _sparsify.sparsify(inner, rule, **where)
+  return _sparsify.sparsify(
+    inner, rule, where=where, axes=axes, track_explored=track_explored
+  )
