@@ -1,9 +1,20 @@
 """SparseJAX: score, select, execute. Sparsity as pure functions in JAX.
 
-What you look for            | import
------------------------------|---------------------------------------------
-exact top-k masks, n:m, ERK  | sparsejax.select
-RigL, SET, SR-STE, pruning   | sparsejax.weights
+What you look for                    | name
+-------------------------------------|---------------------------------------
+a fixed random mask                  | sparsejax.weights.static
+gradual magnitude pruning            | sparsejax.weights.gradual_magnitude
+SET, RigL, SRigL, DST-EE             | sparsejax.weights.set_, rigl, ...
+Top-KAST                             | sparsejax.weights.top_kast
+2:4 training (SR-STE), mask decay    | sparsejax.weights.sr_ste, mask_decay
+training under masks made elsewhere  | sparsejax.weights.keep_masked
+densities, churn, dead neurons       | sparsejax.weights.summary
+exact top-k, also over a whole tree  | sparsejax.select.top_k_mask
+n:m, blocks, channels, fan-in        | sparsejax.select.NM, Block, ...
+ERK and other budgets                | sparsejax.select.erk, ...
 """
+
+from sparsejax import select
+from sparsejax import weights
 
 __version__ = "0.1.0"

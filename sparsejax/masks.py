@@ -10,6 +10,7 @@ import optax
 
 from sparsejax import paths
 from sparsejax import sharding
+from sparsejax.select import estimators
 from sparsejax.select import thresholds
 
 Array = jax.Array
@@ -156,6 +157,8 @@ def check_model(state: SparseState, params: PyTree) -> None:
 def states_of(opt_state: PyTree, params: PyTree) -> list[SparseState]:
   """`find_states`, refused where there is none or it is not of `params`."""
   states = find_states(opt_state)
+  if not states and find_states(params):
+    raise ValueError("opt_state comes first: masks(opt_state, params)")
   if not states:
     raise ValueError(
       "opt_state must hold a sparsifier's state, got "
@@ -210,6 +213,10 @@ def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
   Top-KAST, mask decay), and on evaluation copies (averages, schedule_free).
   Where updates enforce the masks it then changes nothing.
 
+  Its derivative is the identity (straight-through): the gradient at masked
+  weights, which rules grow by, is that at the masked parameters, whether a loss
+  is differentiated at the result or through this function.
+
   Args:
     opt_state: the state of any optimizer that holds a sparsifier.
     params: the parameters it is for.
@@ -228,15 +235,26 @@ def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
       if state.leak is not None:
         leak = unboxed(state.leak)
         rest = jnp.where(leak == 0, 0, leak * p).astype(p.dtype)
-      leaves[n] = jnp.where(unpack(bits, p), p, rest)
+      masked = jnp.where(unpack(bits, p), p, rest)
+      if jnp.issubdtype(p.dtype, jnp.floating):
+        # The same gradient whether a loss is differentiated at the result or
+        # through this function: rules need it at masked weights too.
+        masked = estimators.straight_through(masked, p)
+      leaves[n] = masked
   return rebuild(leaves)
 
 
 def count_nonzero(params: Sequence[Array], masks: Sequence[Array]) -> Array:
-  """How many masked weights are not zero (int32): violations."""
-  return thresholds.count(
-    [~m & (p != 0) for p, m in zip(params, masks, strict=True)]
-  )
+  """How many masked weights are not zero (int32): violations.
+
+  Exact below 2^31 / leaves in each leaf; it saturates there and never wraps.
+  """
+  most = jnp.int32((2**31 - 1) // max(1, len(params)))
+  counts = [
+    jnp.minimum(thresholds.count([~m & (p != 0)]), most)
+    for p, m in zip(params, masks, strict=True)
+  ]
+  return sum(counts, start=jnp.int32(0))
 
 
 def enforced(update: Array, param: Array, mask: Array) -> Array:
@@ -303,6 +321,7 @@ def keep_masked(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     del extra
     if params is None:
       raise ValueError(NO_PARAMS)
+    check_model(state, params)
     ups, rebuild = paths.named(updates)
     leaves, bits = paths.named(params)[0], paths.named(state.masks)[0]
     live = {n: unpack(bits[n], leaves[n]) for n in wanted}

@@ -51,6 +51,13 @@ def matching(
   {'mlp/kernel': 8, 'out/kernel': 4}
   """
   names = list(names)
+  for pattern in patterns:
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError) as error:
+      raise ValueError(
+        f"{setting} must have regular expressions, got {pattern!r}: {error}"
+      ) from error
   out, used = {}, set()
   for name in names:
     for pattern, value in patterns.items():
@@ -61,7 +68,7 @@ def matching(
   for pattern in patterns:
     if pattern not in used:
       raise ValueError(
-        f"{setting} has a pattern that matches no weight which an earlier one "
-        f"does not: {pattern!r}; the weights are {names}"
+        f"{setting} has a pattern that matches no weight, or none that an "
+        f"earlier pattern left: {pattern!r}; the weights are {names}"
       )
   return out

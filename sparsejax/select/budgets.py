@@ -2,7 +2,9 @@
 
 A budget is a function `(shapes, density) -> densities`: from the shapes of the
 layers by name, `(*kernel, inputs, outputs)`, and the density wanted over all of
-them, to a density in [0, 1] for each. Layers are in the model's order.
+them, to a density in [0, 1] for each. Layers are in the order of the tree that
+holds them. Dicts sort their keys: "first" and "last" are the model's own only
+where its names sort so.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,7 +75,8 @@ def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
 def er(shapes: Shapes, density: float) -> dict[str, float]:
   """Erdos-Renyi: density ~ (inputs + outputs) / (inputs * outputs).
 
-  Source: [set] Mocanu et al., sparse training of artificial neural networks.
+  Source: [set] Mocanu et al., Scalable training of artificial neural networks
+  with adaptive sparse connectivity, eq. (3).
   """
   return _proportional(
     shapes, density, lambda s: sum(s[-2:]) / (math.prod(s[-2:]) or 1)

@@ -115,10 +115,10 @@ def gumbel_softmax(
   if not isinstance(temperature, jax.core.Tracer) and temperature <= 0:
     raise ValueError(f"temperature must be positive, got {temperature}")
   noise = jax.random.gumbel(key, logits.shape, jnp.float32)
-  soft = jax.nn.softmax((logits + noise) / temperature, axis=-1)
-  soft = soft.astype(logits.dtype)
+  noisy = logits.astype(jnp.float32) + noise
+  soft = jax.nn.softmax(noisy / temperature, axis=-1).astype(logits.dtype)
   if not hard:
     return soft
-  choice = jnp.argmax(soft, axis=-1)
+  choice = jnp.argmax(noisy, axis=-1)
   one_hot = jax.nn.one_hot(choice, logits.shape[-1], dtype=soft.dtype)
   return straight_through(one_hot, soft)

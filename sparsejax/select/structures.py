@@ -167,6 +167,8 @@ class Structure:
     """
     layer = axes.layer(on.ndim)
     left = thresholds.count([on], layer) - drops
+    if not self.rigid:  # the budget may have fallen by more than the drops
+      left = jnp.minimum(left, count)
     kept = _best(stay, on, left, layer)
     if self.rigid:  # a group may have kept more than it may have
       kept = self.select(thresholds.never(stay, ~kept), count, axes)
@@ -346,7 +348,7 @@ class Block(Structure):
 
   def pool(self, scores, axes):
     r, c = self.shape
-    x = sharding.whole_groups(scores, scores.ndim - 2, r)
+    x = sharding.whole_groups(_f32(scores), scores.ndim - 2, r)
     *lead, rows, columns = x.shape
     x = jnp.mean(x.reshape(*lead, rows // r, r, columns), -2)
     x = sharding.whole_groups(x, x.ndim - 1, c)
@@ -393,7 +395,7 @@ class Channel(Structure):
   def pool(self, scores, axes):
     keep = self.along(scores.ndim, axes)
     over = tuple(a for a in axes.layer(scores.ndim) if a != keep)
-    return jnp.mean(scores, over, keepdims=True)
+    return jnp.mean(_f32(scores), over, keepdims=True)
 
   def spread(self, mask, shape, axes):
     return jnp.broadcast_to(mask, shape)
@@ -451,6 +453,11 @@ class ConstantFanIn(Structure):
     kept = _best(stay, on & alive, left, layer)
     kept = self.select(thresholds.never(stay, ~kept), count, axes)
     return self.select(thresholds.always(grow, kept), count, axes)
+
+
+def _f32(scores: Array) -> Array:
+  """Half-precision scores in f32: means are not rounded to less."""
+  return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 
 def _best(keys, among, k, axes):

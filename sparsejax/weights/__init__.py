@@ -4,6 +4,7 @@ from sparsejax.masks import keep_masked
 from sparsejax.masks import masks
 from sparsejax.masks import sparse_params
 from sparsejax.masks import SparseState
+from sparsejax.weights.mechanism import sparsify
 from sparsejax.weights.methods.dynamic import dst_ee
 from sparsejax.weights.methods.dynamic import rigl
 from sparsejax.weights.methods.dynamic import set_
@@ -21,11 +22,10 @@ from sparsejax.weights.scores import gradient
 from sparsejax.weights.scores import leaky_gradient
 from sparsejax.weights.scores import magnitude
 from sparsejax.weights.scores import masked_gradient
+from sparsejax.weights.scores import passed_gradient
 from sparsejax.weights.scores import random
 from sparsejax.weights.scores import Score
 from sparsejax.weights.scores import Seen
-from sparsejax.weights.scores import straight_through
-from sparsejax.weights.sparsify import sparsify
-from sparsejax.weights.summary import sad
-from sparsejax.weights.summary import Summary
-from sparsejax.weights.summary import summary
+from sparsejax.weights.summaries import sad
+from sparsejax.weights.summaries import Summary
+from sparsejax.weights.summaries import summary

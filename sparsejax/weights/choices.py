@@ -1,5 +1,7 @@
 """Choices among the sparse parameters at one moment."""
 
+import dataclasses
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -7,18 +9,34 @@ import jax.numpy as jnp
 from sparsejax import masks
 from sparsejax.select import thresholds
 from sparsejax.select import top_k
+from sparsejax.weights import plans
+from sparsejax.weights import rules
 from sparsejax.weights import scores
 
+Array = jax.Array
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Look:
-  """The sparse parameters at one moment, and choices among them."""
+  """The sparse parameters at one moment, and choices among them.
 
-  def __init__(self, rule, plan, params, grads, memory, key, step):
-    self.rule, self.plan, self.params = rule, plan, params
-    self.grads, self.memory, self.step = grads, memory, step
-    self.key = None
-    if key is not None:
-      self.key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+  Attributes:
+    rule: the method.
+    plan: its counts.
+    params: all parameters by name.
+    grads: their raw gradients by name, or none at `init`.
+    memory: the rule's own buffers by name, or none.
+    key: a PRNG key of this moment, or None.
+    step: updates made so far.
+  """
+
+  rule: rules.Rule
+  plan: plans.Plan
+  params: dict[str, Array]
+  grads: dict[str, Array]
+  memory: dict[str, Array]
+  key: Array | None
+  step: Array
 
   def seen(self, active, backward=None, leak=None):
     """`scores.Seen` of each sparse parameter, given its mask."""
@@ -98,7 +116,12 @@ class Look:
     """Masks that drop the least active units and grow the best others."""
     leaves, seen = self.plan.leaves, self.seen(active)
     stay = self.keys(seen, self.rule.drop)
-    grow = self.keys(seen, self.rule.grow)
+    # Another draw than that of `drop`.
+    apart = {
+      n: s if s.key is None else s._replace(key=jax.random.fold_in(s.key, 1))
+      for n, s in seen.items()
+    }
+    grow = self.keys(apart, self.rule.grow)
     on = {
       n: leaf.structures[0].pool(active[n].astype(jnp.float32), leaf.axes) > 0
       for n, leaf in leaves.items()
@@ -107,6 +130,7 @@ class Look:
     drops = {n: self.row(leaf.drops) for n, leaf in leaves.items()}
     if self.plan.together:
       left = thresholds.count(list(on.values())) - next(iter(drops.values()))
+      left = jnp.minimum(left, next(iter(keep.values())))
       kept = self.pick(
         {n: thresholds.never(stay[n], ~on[n]) for n in leaves},
         dict.fromkeys(leaves, left),

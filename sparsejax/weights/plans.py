@@ -33,15 +33,23 @@ def default_where(path: str, leaf: Any) -> bool:
 
 def sparse_names(params: Mapping[str, Any], where: Where) -> list[str]:
   """The parameters that `where` (a pattern or a function) selects."""
+  if where is not None and not isinstance(where, str) and not callable(where):
+    raise ValueError(f"where must be a pattern or a function, got {where!r}")
   if isinstance(where, str):
     chosen = paths.matching("where", {where: True}, params) if params else {}
-    return [n for n in params if n in chosen]
-  names = [n for n, p in params.items() if (where or default_where)(n, p)]
+    names = [n for n in params if n in chosen]
+  else:
+    names = [n for n, p in params.items() if (where or default_where)(n, p)]
   if params and not names:
     raise ValueError(
       "where must select at least one weight, got none of "
       f"{[(n, tuple(p.shape)) for n, p in params.items()]}"
     )
+  for n in names:
+    if not jax.numpy.issubdtype(params[n].dtype, jax.numpy.floating):
+      raise ValueError(
+        f"where must select floating arrays, got {n!r} of {params[n].dtype}"
+      )
   return names
 
 
@@ -107,15 +115,10 @@ def _rows(table: list[Any]) -> np.ndarray:
 def _steps(rule: rules.Rule) -> tuple[int, ...]:
   given = rule.sparsity
   sparsities = given.values() if isinstance(given, Mapping) else [given]
-  changing = [s for s in (*sparsities, rule.drop_fraction) if callable(s)]
-  if not changing:
+  if not any(callable(s) for s in (*sparsities, rule.drop_fraction)):
     return (rule.begin,)
   if rule.until is None:
-    # Only schedules that do not change can go on for ever.
-    probe = [rule.begin, rule.begin + rule.every, rule.begin + 10**6]
-    if all(len({_value(s, t) for t in probe}) == 1 for s in changing):
-      return (rule.begin,)
-    raise ValueError("until must be given where a schedule changes, got None")
+    raise ValueError("until must be given with a schedule, got None")
   last = max(rule.until, rule.begin)
   return tuple(range(rule.begin, last + 1, rule.every))
 
@@ -146,6 +149,7 @@ def make_plan(
       )
     for s in found[n]:
       try:
+        at[n].of(len(shape[n]))
         s.check(shape[n], at[n])
       except ValueError as error:
         raise ValueError(f"structure of {n}: {error}") from error
@@ -175,6 +179,12 @@ def make_plan(
           f"sparsity of {n} at step {step} must be in [0, 1], got {s}"
         )
     counts = budget(sparsities)
+    if rule.grow is not None:
+      fraction = _value(rule.drop_fraction, step)
+      if not 0 <= fraction <= 1:
+        raise ValueError(
+          f"drop_fraction at step {step} must be in [0, 1], got {fraction}"
+        )
     for n in names:
       s = found[n][0]
       count = counts.get(n)
@@ -182,11 +192,6 @@ def make_plan(
         count = np.int32(s.n)  # n:m, which no budget changes
       keep[n].append(count)
       if rule.grow is not None:
-        fraction = _value(rule.drop_fraction, step)
-        if not 0 <= fraction <= 1:
-          raise ValueError(
-            f"drop_fraction at step {step} must be in [0, 1], got {fraction}"
-          )
         units = count * _groups(s, shape[n], at[n], together)
         drops[n].append(np.floor(units * fraction).astype(np.int32))
   backward = {n: None for n in names}
@@ -268,12 +273,23 @@ def _counts(rule, sparsity, structure, axes, shape):
       slot: axes[n].layer_shape(shape[n]) for n in slots for slot in slots[n]
     }
     density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
+    for slot in shapes:
+      if not 0 <= density.get(slot, -1) <= 1:
+        raise ValueError(
+          f"distribution must give {slot!r} a density in [0, 1], got "
+          f"{density.get(slot)}"
+        )
 
   out, quotas = {}, {one: {} for one in sorted(set(unit.values()))}
   for n, s in structure.items():
     if s.rigid:
-      first = density[slots[n][0]]
-      out[n] = np.int32(s.group_count(shape[n], axes[n], first))
+      counts = {s.group_count(shape[n], axes[n], density[i]) for i in slots[n]}
+      if len(counts) > 1:
+        raise ValueError(
+          f"distribution must give all layers of the stack {n!r} one density "
+          f"under {s}, got group sizes {sorted(counts)}"
+        )
+      out[n] = np.int32(counts.pop())
     else:
       quotas[unit[n]] |= {slot: density[slot] * size[n] for slot in slots[n]}
   # Units of one size are rounded together, so that their sum is met.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import numbers
 
 import jax
 
@@ -34,7 +35,8 @@ class Rule:
     drop: score of active weights; the least go.
     grow: score of inactive weights; the best come. None: masks are chosen
       afresh by `drop`.
-    drop_fraction: share of the active weights that an update may exchange.
+    drop_fraction: share of active weights that an update exchanges, or a
+      schedule of it.
     begin: step of the first mask update (step 0 is left to `init`).
     until: no mask update after this step; None for no end.
     every: steps between mask updates.
@@ -54,7 +56,7 @@ class Rule:
   initial: scores.Score | None = scores.random
   drop: scores.Score = scores.magnitude
   grow: scores.Score | None = None
-  drop_fraction: schedules.Schedule | None = None
+  drop_fraction: float | schedules.Schedule | None = None
   begin: int = 0
   until: int | None = 0
   every: int = 100
@@ -66,6 +68,12 @@ class Rule:
   backward_sparsity: float | None = None
 
   def __post_init__(self):
+    for name in ("begin", "until", "every"):
+      value = getattr(self, name)
+      if value is None and name == "until":
+        continue
+      if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
     if self.every < 1:
       raise ValueError(f"every must be at least 1, got {self.every}")
     if self.begin < 0:
@@ -102,8 +110,10 @@ class Rule:
       raise ValueError(f"stages must all be n:m, got {self.structure}")
     given = self.sparsity
     for value in given.values() if isinstance(given, Mapping) else [given]:
-      if value is not None and not callable(value) and not 0 <= value <= 1:
-        raise ValueError(f"sparsity must be in [0, 1], got {value}")
+      if value is None or callable(value):
+        continue
+      if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"sparsity must be in [0, 1], got {value!r}")
     if isinstance(given, Mapping) and self.distribution is not None:
       raise ValueError(
         "distribution must not be given where sparsity is by path, got "
@@ -114,6 +124,13 @@ class Rule:
       raise ValueError(
         "distribution must be a function or one of "
         f"{[*budgets.BUDGETS, 'global']}, got {self.distribution!r}"
+      )
+    first = self.begin or self.every
+    updates = self.grow is not None or self.until
+    if updates and self.until is not None and self.until < first:
+      raise ValueError(
+        "until must not be before the first mask update, at step "
+        f"{first}, got {self.until}"
       )
 
   @property

@@ -62,7 +62,7 @@ def masked_gradient(seen: Seen) -> Array:
   return jnp.where(seen.mask, seen.grad, jnp.zeros((), seen.grad.dtype))
 
 
-def straight_through(seen: Seen) -> Array:
+def passed_gradient(seen: Seen) -> Array:
   """The gradient at the masked weights, passed on to all of them."""
   return seen.grad
 

@@ -606,7 +606,12 @@ class EveryOptimizerTest(parameterized.TestCase):
   def test_optax_maps_over_our_parameters(self):
     """Which is how a state is sharded: each buffer as its parameter."""
     tx = weights.dst_ee(
-      optax.adam(0.1), sparsity=0.5, until=9, key=KEY, track_explored=True
+      optax.adam(0.1),
+      sparsity=0.5,
+      every=9,
+      until=9,
+      key=KEY,
+      track_explored=True,
     )
     state = jax.eval_shape(tx.init, problem.start())
     specs = {n: P(n) for n in problem.start()}

@@ -90,5 +90,6 @@ class RuleTest(parameterized.TestCase):
       sparsity=0.5,
       initial=None,
       grow=scores.random,
-      drop_fraction=schedules.constant(0.3),
+      drop_fraction=0.3,
+      until=None,
     ).draws

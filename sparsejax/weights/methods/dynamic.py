@@ -8,10 +8,10 @@ import optax
 
 from sparsejax.select import schedules
 from sparsejax.select import structures
+from sparsejax.weights import mechanism
 from sparsejax.weights import plans
 from sparsejax.weights import rules
 from sparsejax.weights import scores
-from sparsejax.weights import sparsify as _sparsify
 
 
 def set_(
@@ -58,7 +58,7 @@ def set_(
   >>> tx = weights.set_(optax.sgd(0.1), sparsity=0.9, key=jax.random.key(0))
   """
   if not callable(drop_fraction):
-    drop_fraction = schedules.constant(_fraction(drop_fraction))
+    drop_fraction = _fraction(drop_fraction)
   rule = rules.Rule(
     sparsity=sparsity,
     distribution=distribution,
@@ -68,7 +68,7 @@ def set_(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, key=key, where=where, axes=axes, track_explored=track_explored
   )
 
@@ -151,7 +151,7 @@ def rigl(
     memory=memory,
     remember=remember,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, key=key, where=where, axes=axes, track_explored=track_explored
   )
 
@@ -367,7 +367,7 @@ def top_kast(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, where=where, axes=axes, track_explored=track_explored
   )
 

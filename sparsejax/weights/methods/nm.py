@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.select import structures
+from sparsejax.weights import mechanism
 from sparsejax.weights import plans
 from sparsejax.weights import rules
 from sparsejax.weights import scores
-from sparsejax.weights import sparsify as _sparsify
 
 
 def sr_ste(
@@ -68,7 +68,7 @@ def sr_ste(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, where=where, axes=axes, track_explored=track_explored
   )
 
@@ -141,7 +141,7 @@ def mask_decay(
     every=every,
     until=until,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, where=where, axes=axes, track_explored=track_explored
   )
 
@@ -164,7 +164,8 @@ def structure_decay(
 
   "stepwise" keeps m and halves what is kept: m-1, m/2, m/4, ... n. "geometric"
   keeps n/m and halves both from eight times: 8n:8m, 4n:4m, 2n:2m, n:m. Stages
-  are equally long; the last begins at `until`. Before `begin` it is dense.
+  are equally long; the last begins at `until`. Before `begin` it is dense. A
+  stage begins with the first mask update in it: `every` should divide them.
 
   The model must compute with `sparse_params(opt_state, params)` in every step.
 
@@ -209,12 +210,12 @@ def structure_decay(
   rule = rules.Rule(
     structure=tuple(stages),
     initial=scores.magnitude,
-    gradient=scores.straight_through,
+    gradient=scores.passed_gradient,
     dense=True,
     every=every,
     until=None,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, where=where, axes=axes, track_explored=track_explored
   )
 

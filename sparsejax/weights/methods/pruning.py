@@ -5,10 +5,10 @@ import optax
 
 from sparsejax.select import schedules
 from sparsejax.select import structures
+from sparsejax.weights import mechanism
 from sparsejax.weights import plans
 from sparsejax.weights import rules
 from sparsejax.weights import scores
-from sparsejax.weights import sparsify as _sparsify
 
 
 def static(
@@ -58,7 +58,7 @@ def static(
     structure=structure,
     every=every,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, key=key, where=where, axes=axes, track_explored=track_explored
   )
 
@@ -113,6 +113,8 @@ def gradual_magnitude(
   ).items():
     if not 0 <= value <= 1:
       raise ValueError(f"{name} must be in [0, 1], got {value}")
+  if every < 1:
+    raise ValueError(f"every must be at least 1, got {every}")
   if until <= begin or (until - begin) % every:
     raise ValueError(
       "until must be after begin by a multiple of every, got "
@@ -127,6 +129,6 @@ def gradual_magnitude(
     until=until,
     every=every,
   )
-  return _sparsify.sparsify(
+  return mechanism.sparsify(
     inner, rule, where=where, axes=axes, track_explored=track_explored
   )

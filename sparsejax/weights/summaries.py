@@ -44,7 +44,10 @@ class Row:
 
   @property
   def churn(self) -> float:
-    """Share of active weights that the last mask update exchanged."""
+    """Half the flips per active weight: the share of them exchanged.
+
+    Where weights were only pruned, half of what the update removed.
+    """
     return self.flipped / (2 * self.nonzero) if self.nonzero else 0.0
 
 
@@ -185,6 +188,9 @@ def sad(before: Any, after: Any) -> jax.Array:
   Returns:
     The number of flips over all leaves (int32 scalar).
 
+  Raises:
+    ValueError: there are 2^31 weights or more.
+
   Source: [sr-ste] Zhou et al., Learning N:M Fine-grained Structured Sparse
     Neural Networks From Scratch, sec. 3.2.
 
@@ -193,5 +199,8 @@ def sad(before: Any, after: Any) -> jax.Array:
   ... )
   Array(2, dtype=int32)
   """
+  size = sum(m.size for m in jax.tree.leaves(before))
+  if size >= 2**31:
+    raise ValueError(f"before must hold fewer than 2**31 weights, got {size}")
   flips = jax.tree.map(lambda a, b: a ^ b, before, after)
   return thresholds.count(jax.tree.leaves(flips))

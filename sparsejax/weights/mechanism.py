@@ -1,5 +1,6 @@
 """The one mechanism: wraps an Optax optimizer so that weights are sparse."""
 
+import functools
 from typing import Any
 
 import jax
@@ -59,26 +60,56 @@ def sparsify(
   Source: [rigl, set, srigl, dst-ee, top-kast, sr-ste, pgf-nm,
     gradual-magnitude-pruning, random-pruning, rigl-itop] their common core.
   """
+  if not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(f"inner must be an Optax optimizer, got {inner!r}")
+  if not isinstance(rule, rules.Rule):
+    raise ValueError(f"rule must be a sparsejax.weights.Rule, got {rule!r}")
   inner = optax.with_extra_args_support(inner)
-  key_data = _key_data(rule, key)
+  key_data, key_impl = _key_data(rule, key)
+
+  @functools.lru_cache(maxsize=8)
+  def plan_of_shapes(shapes):
+    given = {n: jax.ShapeDtypeStruct(s, d) for n, s, d in shapes}
+    return plans.make_plan(rule, given, where, axes)
+
+  def plan_of(leaves):
+    for n, p in leaves.items():
+      if not hasattr(p, "dtype"):
+        raise ValueError(f"params must be arrays, got {p!r} for {n!r}")
+    shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in leaves.items())
+    return plan_of_shapes(shapes)
+
+  def look(plan, params, grads, memory, key, step):
+    if key is not None:
+      key = jax.random.wrap_key_data(key, impl=key_impl)
+      key = jax.random.fold_in(key, step)
+    return choices.Look(
+      rule=rule,
+      plan=plan,
+      params=params,
+      grads=grads,
+      memory=memory,
+      key=key,
+      step=step,
+    )
 
   def init(params):
     leaves, rebuild = paths.named(params)
     if any(isinstance(p, jax.ShapeDtypeStruct) for p in leaves.values()):
       return jax.eval_shape(init, params)
-    plan = plans.make_plan(rule, leaves, where, axes)
+    plan = plan_of(leaves)
     memory = {}
     if rule.memory:
       memory = {n: rule.memory(p) for n, p in leaves.items()}
     full = {n: jnp.ones_like(p, bool) for n, p in leaves.items()}
-    look = choices.Look(rule, plan, leaves, {}, memory, key_data, jnp.int32(0))
+    now = look(plan, leaves, {}, memory, key_data, jnp.int32(0))
     first, backward = full, full
     if rule.initial is not None:
-      first = full | look.select(full, rule.initial)
+      first = full | now.select(full, rule.initial)
     if rule.backward_sparsity is not None:
-      backward = full | look.select(full, rule.initial, backward=True)
+      backward = full | now.select(full, rule.initial, backward=True)
     if rule.memory:
-      seen = look.seen(first)
+      seen = now.seen(first)
       memory |= {n: rule.remember(seen[n]) for n in plan.leaves}
     bits = {n: masks.pack(m) for n, m in first.items()}
     zero = jnp.zeros((), jnp.int32)
@@ -106,39 +137,40 @@ def sparsify(
     masks.check_model(state, params)
     leaves, rebuild = paths.named(params)
     raw = paths.named(grads)[0]
+    if missing := [n for n in leaves if raw.get(n) is None]:
+      raise ValueError(f"grads must be a tree like params, got no {missing}")
     if new := leaves.keys() - paths.named(state.masks)[0].keys():
       raise ValueError(
         f"opt_state is of another model: it has no masks of {sorted(new)}"
       )
-    plan = plans.make_plan(rule, leaves, where, axes)
-    step = state.count
+    plan = plan_of(leaves)
 
-    def look(params, step):
+    def look_at(params, step):
       memory = {}
       if rule.memory:
         memory = paths.named(state.memory)[0]
-      return choices.Look(rule, plan, params, raw, memory, state.key, step)
+      return look(plan, params, raw, memory, state.key, step)
 
     def active(packed):
       bits = paths.named(packed)[0]
       return {n: masks.unpack(bits[n], leaves[n]) for n in plan.leaves}
 
-    old, new = state, state
+    new = state
     if not rule.dense:
-      new = _revised(rule, look(leaves, step), state, rebuild)
+      new = _revised(look_at(leaves, state.count), state, rebuild)
     live = active(new.masks)
     inner_state = state.inner
     if rule.grow is not None:
-      # A grown weight starts at +0.0 with clean moments, and moves a step
-      # later. Resetting before `inner.update` fuses with its own writes.
-      before = active(old.masks)
+      # A grown weight starts at +0.0 with the moments of a new one, and moves a
+      # step later. A reset before `inner.update` fuses with its own writes.
+      before = active(state.masks)
       grown = {n: jnp.zeros_like(p, bool) for n, p in leaves.items()}
       grown |= {n: live[n] & ~before[n] for n in live}
       live = {n: live[n] & before[n] for n in live}
-      inner_state = reset(inner, inner_state, rebuild(grown))
+      inner_state = reset(inner, inner_state, params, rebuild(grown))
 
     wider = None if state.backward is None else active(state.backward)
-    seen = look(leaves, step).seen(live, wider, state.leak)
+    seen = look_at(leaves, state.count).seen(live, wider, state.leak)
     trained = raw | {n: rule.gradient(seen[n]) for n in live}
     updates, inner_state = inner.update(
       rebuild(trained), inner_state, params, **extra
@@ -151,7 +183,7 @@ def sparsify(
         ups[n] = jnp.where(m, ups[n], jnp.zeros((), ups[n].dtype))
       # The next forward pass uses the masks of the weights it will see.
       moved = {n: (p + ups[n]).astype(p.dtype) for n, p in leaves.items()}
-      new = _revised(rule, look(moved, step + 1), state, rebuild)
+      new = _revised(look_at(moved, state.count + 1), state, rebuild)
     count = optax.safe_increment(state.count)
     leak = state.leak
     if rule.leak is not None:
@@ -161,48 +193,66 @@ def sparsify(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _key_data(rule: rules.Rule, key: Array | None) -> Array | None:
-  """Raw key data, which any checkpoint can hold."""
+def _key_data(rule, key):
+  """Raw key data, which any checkpoint can hold, and what it is data of."""
   if key is None:
     if rule.draws:
       raise ValueError(
         "key must be given to a rule that draws at random, got None: "
         "key=jax.random.key(0)"
       )
-    return None
-  if not isinstance(key, jax.Array):
-    raise ValueError(
-      f"key must be a PRNG key such as jax.random.key(0), got {key!r}"
-    )
-  if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-    return jax.random.key_data(key)
-  return key
-
-
-def reset(inner: optax.GradientTransformation, state: Any, where: Any) -> Any:
-  """Zeroes every parameter-shaped buffer of any optimizer where `where`."""
-
-  def zero(buffer, at):
-    if getattr(buffer, "shape", None) != getattr(at, "shape", ()):
-      return buffer  # factored or absent: adafactor's rows, MaskedNode
-    return jnp.where(at, jnp.zeros_like(buffer), buffer)
-
-  return optax.tree.map_params(
-    inner,
-    zero,
-    state,
-    where,
-    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    return None, None
+  typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(
+    key.dtype, jax.dtypes.prng_key
+  )
+  if typed and not key.shape:
+    return jax.random.key_data(key), jax.random.key_impl(key)
+  raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32
+  if raw and key.ndim == 1:
+    return key, None
+  raise ValueError(
+    f"key must be a PRNG key such as jax.random.key(0), got {key!r}"
   )
 
 
-def _revised(rule, look, state, rebuild):
+def reset(
+  inner: optax.GradientTransformation, state: Any, params: Any, where: Any
+) -> Any:
+  """Begins every parameter-shaped buffer of any optimizer anew where `where`.
+
+  What it begins as is what `inner.init(params)` makes it: zero for most.
+  """
+
+  def absent(x):
+    return isinstance(x, optax.MaskedNode)
+
+  def wherever(buffer, at):
+    # Not for what is factored or absent: adafactor's rows, MaskedNode.
+    same = getattr(buffer, "shape", None) == getattr(at, "shape", ())
+    return at if same else False
+
+  at = optax.tree.map_params(
+    inner,
+    wherever,
+    state,
+    where,
+    transform_non_params=lambda _: False,
+    is_leaf=absent,
+  )
+
+  def choose(old, fresh, at):
+    return old if at is False else jnp.where(at, fresh, old)
+
+  return jax.tree.map(choose, state, inner.init(params), at, is_leaf=absent)
+
+
+def _revised(look, state, rebuild):
   """The state with new masks where a mask update is due.
 
   Only packed bits and the rule's own memory pass through the `cond`: XLA
   copies what does.
   """
-  plan, step = look.plan, look.step
+  rule, plan, step = look.rule, look.plan, look.step
   old, old_backward, old_explored, old_memory = (
     paths.named(tree)[0] if tree is not None else {}
     for tree in (state.masks, state.backward, state.explored, state.memory)
@@ -252,7 +302,8 @@ def _revised(rule, look, state, rebuild):
       thresholds.count([active[n] ^ now[n]] if n in now else [])
       for n in sorted(old)
     ]
-    return bits, backward, explored, memory, violations, jnp.stack(churn)
+    churn = jnp.stack(churn) if churn else masks.unboxed(state.churn)
+    return bits, backward, explored, memory, violations, churn
 
   due = (step > 0) & (step >= rule.begin)
   due &= (step - rule.begin) % rule.every == 0

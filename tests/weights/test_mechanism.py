@@ -226,7 +226,7 @@ class SettingsTest(parameterized.TestCase):
       "endless_schedule",
       weights.set_,
       dict(sparsity=0.5, key=KEY, drop_fraction=ramp),
-      "until must be given where a schedule changes",
+      "until must be given with a schedule",
     ),
     (
       "global_fan_in",
