@@ -1,0 +1,1 @@
+"""Launchers, tasks and models; the library itself is `sparsejax`."""
