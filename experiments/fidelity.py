@@ -4,11 +4,13 @@
 
 Settings are tuned over the same grid in every arm, on seeds of their own.
 Arms are then compared over paired seeds: same initial weights, same data in
-the same order. Runs are kept in the work directory and not made twice.
+the same order. Runs are kept in the work directory and not made twice, as
+long as the code is the same.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,11 +24,13 @@ import ml_collections
 import numpy as np
 import tqdm
 
+import experiments
 from experiments import claims
 from experiments import experiment
 from experiments import flops
 from experiments import intervals
 from experiments import workdir as workdirs
+import sparsejax
 
 TUNING_SEEDS = (1_000, 1_001, 1_002)
 
@@ -79,11 +83,23 @@ def run(config: ml_collections.ConfigDict, seeds) -> list[dict[str, float]]:
   return results
 
 
+@functools.cache
+def _code() -> str:
+  """A digest of the code that runs are made with, and of jax's version."""
+  digest = hashlib.sha256(jax.__version__.encode())
+  for package in (sparsejax, experiments):
+    root = pathlib.Path(package.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+      digest.update(path.read_bytes())
+  return digest.hexdigest()
+
+
 def cached(config, seeds, workdir: pathlib.Path) -> list[dict[str, float]]:
-  """`run`, but for the runs that the work directory has."""
+  """`run`, but for the runs that the work directory has, of this code."""
   paths = {}
   for seed in seeds:
-    text = json.dumps(config.to_dict() | {"seed": seed}, sort_keys=True)
+    made = config.to_dict() | {"seed": seed, "code": _code()}
+    text = json.dumps(made, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     paths[seed] = workdir / f"{name}.json"
   missing = [seed for seed in seeds if not paths[seed].exists()]
