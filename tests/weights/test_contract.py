@@ -210,7 +210,15 @@ reference = functools.cache(Reference)
 
 
 # Near to others in the table, for make test-all.
-RARER_ON_MESHES = ("rigl_global", "rigl_channel", "dst_ee", "mask_decay")
+RARER_ON_MESHES = (
+  "dst_ee",
+  "gradual_magnitude",
+  "mask_decay",
+  "rigl_block",
+  "rigl_channel",
+  "rigl_global",
+  "structure_decay",
+)
 
 
 class EveryRuleTest(parameterized.TestCase):
