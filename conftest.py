@@ -10,6 +10,9 @@ import hypothesis
 import jax
 import pytest
 
+# Before pytest collects it, which would put the folder in the function's place.
+import pallas_kernels
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 # The same examples on every run and machine; more of them in make test-all.
@@ -48,5 +51,10 @@ def names_in_examples(doctest_namespace):
   from sparsejax import weights
 
   doctest_namespace.update(
-    jax=jax, jnp=jnp, optax=optax, select=select, weights=weights
+    jax=jax,
+    jnp=jnp,
+    optax=optax,
+    pallas_kernels=pallas_kernels,
+    select=select,
+    weights=weights,
   )

@@ -1,0 +1,276 @@
+"""From a BlockMask and its arguments to what kernels read: lists and bounds.
+
+Kernels know key blocks of one kind. So single columns are gathered into blocks
+of their own, pooled levels are laid behind the keys, and everything is padded
+to whole blocks, here, by operations that JAX differentiates. What remains is, for
+every slot of a list, the key block and its class: not run, masked element by
+element, or whole.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import rules
+
+NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a key that is padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is static in a call; hashable."""
+
+  block_q: int
+  block_kv: int
+  scale: float
+  softcap: float | None = None
+  skip_threshold: float | None = None
+  rule: Any = None
+  masked: bool = True  # some slot may be PARTIAL
+  padded: bool = False  # some key may be at NOWHERE
+  backend: str = "xla"
+  interpret: Any = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lists:
+  """The arrays of integers beside q, k and v.
+
+  Attributes:
+    indices: int32 [B | 1, H | 1, nq, C].
+    classes: int32 [B | 1, H | 1, nq, C], of rules.SKIP, PARTIAL, WHOLE.
+    members: None or uint32 [B | 1, H | 1, nq, W, block_q].
+    q_positions: int32 [B | 1, Sp]; padding repeats the last.
+    kv_positions: int32 [B | 1, Hkv | 1, Tp]; padding is NOWHERE.
+    q_segments: None or as q_positions.
+    kv_segments: None or as kv_positions.
+  """
+
+  indices: jax.Array
+  classes: jax.Array
+  members: jax.Array | None
+  q_positions: jax.Array
+  kv_positions: jax.Array
+  q_segments: jax.Array | None
+  kv_segments: jax.Array | None
+
+
+def prepare(q, k, v, mask, positions, segments, settings):
+  """Pads and extends keys and values, and classifies every listed block.
+
+  Args:
+    q: [B, S, H, D]; k and v: [B, T, Hkv, D].
+    mask: a BlockMask.
+    positions: int32 ([B | 1, S], [B | 1, T]).
+    segments: None or as positions.
+    settings: completed here by what the mask is known to need.
+
+  Returns:
+    q, k, v of whole blocks, the Lists, and the Settings.
+  """
+  pad_q = mask.counts.shape[2] * mask.block_q - q.shape[1]
+  pad_kv = mask.kv_blocks * mask.block_kv - k.shape[1]
+  sides = [_Side(positions[1][:, None], NOWHERE)]
+  if segments is not None:
+    sides.append(_Side(segments[1][:, None], 0))
+  q = _pad(q, pad_q, 1)
+  k, v = _pad(k, pad_kv, 1), _pad(v, pad_kv, 1)
+  sides = [side.pad(pad_kv) for side in sides]
+  indices, classes = mask.indices, jnp.where(mask.listed, rules.WHOLE, 0)
+  members, first = mask.members, mask.kv_blocks
+  if mask.level is not None:
+    indices += mask.level.astype(jnp.int32) * first
+    k, v = (_pyramid(x, mask.max_level) for x in (k, v))
+    sides = [side.pyramid(mask.max_level) for side in sides]
+    first *= mask.max_level + 1
+  if mask.columns is not None:
+    extra, k, v, sides = _gather_columns(mask, q.shape[2], k, v, sides, first)
+    indices, classes, members = _append(indices, classes, members, extra, mask)
+  kv_positions = sides[0].values
+  kv_segments = sides[1].values if segments is not None else None
+  q_positions = _pad(positions[0], pad_q, 1, edge=True)
+  q_segments = None
+  if segments is not None:
+    q_segments = _pad(segments[0], pad_q, 1, edge=True)
+
+  padded = pad_kv > 0 or mask.columns is not None
+  settings = dataclasses.replace(
+    settings,
+    rule=mask.rule,
+    padded=padded,
+    masked=mask.rule is not None
+    or segments is not None
+    or mask.members is not None
+    or padded,
+  )
+  lists = Lists(
+    indices,
+    classes,
+    members,
+    q_positions,
+    kv_positions,
+    q_segments,
+    kv_segments,
+  )
+  return q, k, v, _classify(lists, settings, k.shape[2]), settings
+
+
+def _pad(x, amount, axis, edge=False):
+  if amount == 0:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, amount)
+  return jnp.pad(
+    x, widths, mode="edge" if edge and x.shape[axis] else "constant"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+  """Integers that lie beside the keys, [B | 1, Hkv | 1, T]."""
+
+  values: jax.Array
+  padding: int
+
+  def pad(self, amount):
+    widths = ((0, 0), (0, 0), (0, amount))
+    padded = jnp.pad(self.values, widths, constant_values=self.padding)
+    return _Side(padded, self.padding)
+
+  def pyramid(self, depth):
+    """Behind each other for every level; a run stands at its last key."""
+    found = [self.values]
+    for level in range(1, depth + 1):
+      run = 2**level
+      found.append(jnp.repeat(self.values[..., run - 1 :: run], run, axis=-1))
+    return _Side(jnp.concatenate(found, -1), self.padding)
+
+
+def _pyramid(x, depth):
+  """[B, T, Hkv, D] -> [B, (depth + 1) T, Hkv, D].
+
+  A mean over a run is repeated for each of its keys: it then counts as often in
+  the softmax as it should, and its block has the size of every other.
+  """
+  found = [x]
+  for level in range(1, depth + 1):
+    run = 2**level
+    b, t, h, d = x.shape
+    mean = x.reshape(b, t // run, run, h, d).astype(jnp.float32).mean(2)
+    found.append(jnp.repeat(mean.astype(x.dtype), run, axis=1))
+  return jnp.concatenate(found, axis=1)
+
+
+def _gather_columns(mask, heads, k, v, sides, first):
+  """Rows of single keys as further blocks behind the keys.
+
+  Each key head holds the columns of all query blocks of its query heads (of one
+  of them where the heads share a list).
+
+  Returns:
+    int32 [B | 1, H | 1, nq, blocks of columns], and k, v, sides extended.
+  """
+  b, _, hkv, _ = k.shape
+  lead_b, lead_h, nq, width = mask.columns.shape
+  blocks = -(-width // mask.block_kv)
+  columns = _pad(mask.columns + 1, blocks * mask.block_kv - width, 3) - 1
+  # [B | 1, Hkv | 1, group | 1, nq, blocks * block_kv]
+  heads_of = (hkv, heads // hkv) if lead_h > 1 else (1, 1)
+  columns = columns.reshape(lead_b, *heads_of, nq, -1)
+  group = columns.shape[2]
+  rows = jnp.maximum(columns, 0).reshape(*columns.shape[:2], -1)
+  where = jnp.broadcast_to(rows, (b, hkv, rows.shape[-1]))
+  where = jnp.swapaxes(where, 1, 2)[..., None]
+
+  def extend(x):
+    picked = jnp.take_along_axis(x, where, axis=1)
+    return jnp.concatenate([x, picked], axis=1)
+
+  missing = columns.reshape(rows.shape) < 0
+  extended = []
+  for side in sides:
+    shape = jnp.broadcast_shapes(side.values.shape[:2], rows.shape[:2])
+    values = jnp.broadcast_to(side.values, (*shape, side.values.shape[-1]))
+    picked = jnp.take_along_axis(
+      values, jnp.broadcast_to(rows, (*shape, rows.shape[-1])), axis=-1
+    )
+    picked = jnp.where(missing, side.padding, picked)
+    extended.append(_Side(jnp.concatenate([values, picked], -1), side.padding))
+  at = jnp.arange(group * nq * blocks, dtype=jnp.int32)
+  at = first + at.reshape(1, group, nq, blocks)
+  indices = jnp.tile(at, (1, hkv, 1, 1)) if lead_h > 1 else at
+  return indices, extend(k), extend(v), extended
+
+
+def _append(indices, classes, members, extra, mask):
+  """Lists with the blocks of columns behind the listed ones."""
+  lead = indices.shape[:3]
+  extra = jnp.broadcast_to(extra, (*lead, extra.shape[-1]))
+  if members is not None:
+    # Every query of the block reads the columns.
+    from pallas_kernels import block_mask
+
+    bits = block_mask.unpack_members(members, indices.shape[-1])
+    more = jnp.ones((*extra.shape, mask.block_q), bool)
+    members = block_mask.pack_members(jnp.concatenate([bits, more], -2))
+  indices = jnp.concatenate([indices, extra], -1)
+  classes = jnp.concatenate(
+    [classes, jnp.full(extra.shape, rules.WHOLE, classes.dtype)], -1
+  )
+  return indices, classes, members
+
+
+def _classify(lists, settings, kv_heads):
+  """Lowers the classes by rule, segments, padding and membership."""
+  if not settings.masked:
+    return lists
+  classes = lists.classes
+  blocks = lambda x, size: x.reshape(*x.shape[:-1], -1, size)
+
+  def of_queries(x, reduce):  # [B | 1, 1, nq, 1]
+    return reduce(blocks(x, settings.block_q), axis=-1)[:, None, :, None]
+
+  def of_keys(x):  # [B | 1, Hkv | 1, nk] -> [B | 1, H | 1, nq, C]
+    heads = lists.indices.shape[1]
+    if x.shape[1] > 1:
+      x = jnp.repeat(x, heads // kv_heads, axis=1)
+    lead = jnp.broadcast_shapes(x.shape[:2], lists.indices.shape[:2])
+    x = jnp.broadcast_to(x[:, :, None], (*lead, 1, x.shape[-1]))
+    indices = jnp.broadcast_to(lists.indices, (*lead, *lists.indices.shape[2:]))
+    return jnp.take_along_axis(x, indices, axis=-1)
+
+  def bounds(x):
+    """The smallest and largest value of each key block, without padding."""
+    x, nowhere = blocks(x, settings.block_kv), blocks(absent, settings.block_kv)
+    low = jnp.where(nowhere, NOWHERE, x).min(-1)
+    return of_keys(low), of_keys(jnp.where(nowhere, -NOWHERE, x).max(-1))
+
+  absent = lists.kv_positions == NOWHERE
+  some_absent = of_keys(blocks(absent, settings.block_kv).any(-1))
+  all_absent = of_keys(blocks(absent, settings.block_kv).all(-1))
+  if settings.rule is not None:
+    q = lists.q_positions
+    found = rules.classify(
+      settings.rule,
+      of_queries(q, jnp.min),
+      of_queries(q, jnp.max),
+      *bounds(lists.kv_positions),
+    )
+    classes = jnp.minimum(classes, found)
+  if lists.q_segments is not None:
+    q_low = of_queries(lists.q_segments, jnp.min)
+    q_high = of_queries(lists.q_segments, jnp.max)
+    k_low, k_high = bounds(lists.kv_segments)
+    apart = (k_high < q_low) | (k_low > q_high)
+    one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    found = jnp.where(apart, rules.SKIP, jnp.where(one, 2, 1))
+    classes = jnp.minimum(classes, found)
+  if settings.padded:
+    found = jnp.where(all_absent, rules.SKIP, jnp.where(some_absent, 1, 2))
+    classes = jnp.minimum(classes, found)
+  if lists.members is not None:
+    classes = jnp.minimum(classes, rules.PARTIAL)
+  return dataclasses.replace(lists, classes=classes)
