@@ -25,7 +25,7 @@ set-up:
 	@sh scripts/set_up.sh experiments,test
 
 set-up-all:
-	@sh scripts/set_up.sh experiments,test,docs
+	@sh scripts/set_up.sh experiments,test,docs,aot
 
 demo: set-up
 	$(PYTHON_IN_VENV) -m experiments.demo $(ARGS)

@@ -90,8 +90,8 @@ def block_sparse_attention(
     >>> pallas_kernels.block_sparse_attention(q, k, v, mask).shape
     (1, 64, 2, 8)
 
-  Source: blasst, BLASST: the skip condition of its algorithm, decided for a tile
-  in the order of its list. psa, PSA: multi-level key blocks whose logits are
+  Source: blasst, BLASST: the skip condition of its algorithm, decided for a
+  tile in the order of its list. psa, PSA: multi-level key blocks whose logits are
   raised by the logarithm of the pool's size (`BlockMask.level`).
   """
   _check_arrays(q, k, v, mask)
@@ -144,6 +144,7 @@ def block_sparse_attention(
     scale=d**-0.5 if scale is None else float(scale),
     softcap=None if softcap is None else float(softcap),
     skip_threshold=skip_threshold or None,
+    arange=q_positions is None and kv_positions is None,
     backend=backend or "auto",
     interpret=interpret,
   )
@@ -230,7 +231,7 @@ def run(q, k, v, lists, settings):
 
 
 def _run_fwd(q, k, v, lists, settings):
-  out, lse, kept = xla.forward(q, k, v, lists, settings)
+  out, lse, kept = _choose(settings, "forward", q, k, v, lists)
   lists = without(lists, kept)
   return (out, lse, kept), (q, k, v, lists, out, lse)
 
@@ -241,7 +242,9 @@ def _run_bwd(settings, residuals, cotangents):
   delta = jnp.einsum(
     "bshd,bshd->bsh", out, dout, preferred_element_type=jnp.float32
   )
-  dq, dk, dv = xla.backward(q, k, v, lists, settings, lse, delta - dlse, dout)
+  dq, dk, dv = _choose(
+    settings, "backward", q, k, v, lists, lse, delta - dlse, dout
+  )
   return dq, dk, dv, None
 
 

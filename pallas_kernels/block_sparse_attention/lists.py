@@ -2,9 +2,9 @@
 
 Kernels know key blocks of one kind. So single columns are gathered into blocks
 of their own, pooled levels are laid behind the keys, and everything is padded
-to whole blocks, here, by operations that JAX differentiates. What remains is, for
-every slot of a list, the key block and its class: not run, masked element by
-element, or whole.
+to whole blocks, here, by operations that JAX differentiates. What remains
+is, for every slot of a list, the key block and its class: not run, masked
+element by element, or whole.
 """
 
 import dataclasses
@@ -30,6 +30,9 @@ class Settings:
   rule: Any = None
   masked: bool = True  # some slot may be PARTIAL
   padded: bool = False  # some key may be at NOWHERE
+  arange: bool = False  # positions are indices
+  kv_len: int = 0  # keys without padding
+  fuse: int | None = None  # listed blocks a step of the TPU kernel takes
   backend: str = "xla"
   interpret: Any = False
 
@@ -71,6 +74,7 @@ def prepare(q, k, v, mask, positions, segments, settings):
   Returns:
     q, k, v of whole blocks, the Lists, and the Settings.
   """
+  kv_len = k.shape[1]
   pad_q = mask.counts.shape[2] * mask.block_q - q.shape[1]
   pad_kv = mask.kv_blocks * mask.block_kv - k.shape[1]
   sides = [_Side(positions[1][:, None], NOWHERE)]
@@ -101,6 +105,8 @@ def prepare(q, k, v, mask, positions, segments, settings):
     settings,
     rule=mask.rule,
     padded=padded,
+    kv_len=kv_len,
+    arange=settings.arange and mask.level is None and mask.columns is None,
     masked=mask.rule is not None
     or segments is not None
     or mask.members is not None

@@ -2,8 +2,8 @@
 
 A step of a scan takes a few query blocks, gathers the key blocks that they
 list and runs two batched products over them. Only library calls use all cores
-of a CPU, so a step holds several blocks, as many as leave its scores in the cache.
-Long lists are taken in chunks with a running softmax.
+of a CPU, so a step holds several blocks, as many as leave its scores in
+the cache. Long lists are taken in chunks with a running softmax.
 """
 
 import dataclasses
@@ -323,7 +323,7 @@ def forward(q, k, v, lists, settings):
   return rows["out"], rows["lse"], kept
 
 
-def backward(q, k, v, lists, settings, lse, delta, dout):
+def backward(q, k, v, lists, lse, delta, dout, settings):
   """Gradients of q, k and v.
 
   Args:

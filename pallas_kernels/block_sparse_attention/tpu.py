@@ -1,0 +1,847 @@
+"""Block-sparse attention on TPU in Pallas: forward, dq, and dk with dv.
+
+The lists lie in SMEM, where the index maps of K and V read them. A grid step
+takes
+`fuse` listed blocks at once, each an operand of its own, so that small blocks
+fill the MXU as large ones do. Each kernel has two bodies: for steps whose
+blocks are all whole, and for the others, which are masked.
+
+Arrays are [batch, sequence, heads * head_dim] in HBM: a head is a column block,
+and nothing is transposed there. Row statistics are [..., 1, block_q] in HBM and
+[block_q, 128] with equal lanes in VMEM. Exponentials and logarithms are to
+base 2: the queries come multiplied by log2(e).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from pallas_kernels import block_mask
+from pallas_kernels import rules
+from pallas_kernels.block_sparse_attention import lists as lists_lib
+
+LANES = 128
+ROWS = 16  # the least queries of a tile, two sublanes of bf16
+LOG2E = math.log2(math.e)
+NEVER = -1e30  # finite: exp2(NEVER - NEVER) is 1, exp2(-inf - NEVER) is 0
+FUSED_KEYS = 512
+MAX_FUSE = 8
+WHOLE = 1 << 8  # a step's code: a bit a block that is run, and these flags
+FIRST, LAST = 1 << 9, 1 << 10  # of the steps of one key block, in dk and dv
+HEAD_SHIFT = 20  # an edge of dk and dv: query head << 20 | query block
+f32 = jnp.float32
+
+
+def _nt(a, b):  # a @ b.T
+  return lax.dot_general(
+    a, b, (((1,), (1,)), ((), ())), preferred_element_type=f32
+  )
+
+
+def _nn(a, b):
+  return jnp.dot(a, b, preferred_element_type=f32)
+
+
+def _wide(x, n):
+  """[rows, 128] with equal lanes -> [rows, n]."""
+  return x if n == LANES else jnp.tile(x, (1, n // LANES))
+
+
+def _fold(x):
+  """Sums lane groups, [rows, n] -> [rows, 128], with no work across lanes."""
+  groups = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+  return functools.reduce(jnp.add, groups)
+
+
+def _column(row):
+  """[1, rows] -> [rows, 128] with equal lanes."""
+  return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def _stack(refs, axis=0):
+  blocks = [r[...] for r in refs]
+  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis)
+
+
+def _lay(values, width):
+  """Scalars -> [1, len * width], each repeated `width` times along lanes."""
+  shape = (1, len(values) * width)
+  run = lax.broadcasted_iota(jnp.int32, shape, 1) // width
+  laid = jnp.full(shape, values[-1], jnp.int32)
+  for r, value in enumerate(values[:-1]):
+    laid = jnp.where(run == r, value, laid)
+  return laid
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+  """Static sizes of a call."""
+
+  batch: int
+  heads: int
+  kv_heads: int
+  dim: int
+  nq: int
+  nk: int
+  slots: int
+  block_q: int
+  block_kv: int
+  fuse: int
+  list_batch: int  # 1 or batch
+  list_heads: int  # 1 or heads
+
+  @property
+  def group(self):
+    return self.heads // self.kv_heads
+
+  @property
+  def steps(self):
+    return -(-self.slots // self.fuse)
+
+  @property
+  def width(self):
+    return self.fuse * self.block_kv
+
+  @classmethod
+  def of(cls, q, k, lists, settings):
+    b, s, h, d = q.shape
+    list_b, list_h, nq, slots = lists.indices.shape
+    fuse = settings.fuse or min(FUSED_KEYS // settings.block_kv, MAX_FUSE)
+    least = max(LANES // settings.block_kv, 1)
+    while fuse > least and fuse >= 2 * slots:
+      fuse //= 2
+    return cls(
+      batch=b,
+      heads=h,
+      kv_heads=k.shape[2],
+      dim=d,
+      nq=nq,
+      nk=k.shape[1] // settings.block_kv,
+      slots=slots,
+      block_q=s // nq if nq else settings.block_q,
+      block_kv=settings.block_kv,
+      fuse=max(fuse, least),
+      list_batch=list_b,
+      list_heads=list_h,
+    )
+
+
+# Lists, made by XLA. Prefetched lists are flat: of an array of more dimensions
+# every row would be padded in SMEM.
+
+
+def by_query(lists, shape):
+  """Flat (blocks, codes) for the forward and dq kernels.
+
+  Slots that are not run repeat the block before, whose copy is then there.
+  Whole blocks come first, so that few steps need a mask; with members the order
+  stays, since their bits are counted by slot.
+  """
+  indices, classes = lists.indices, lists.classes
+  run = classes > rules.SKIP
+  if shape.fuse > 1 and lists.members is None:
+    order = jnp.argsort(-classes, axis=-1, stable=True)
+    indices, classes, run = (
+      jnp.take_along_axis(x, order, -1) for x in (indices, classes, run)
+    )
+  slot = jnp.arange(shape.slots, dtype=jnp.int32)
+  last_run = lax.cummax(jnp.where(run, slot, 0), axis=3)
+  blocks = jnp.take_along_axis(indices, last_run, -1)
+  pad = [(0, 0)] * 3 + [(0, shape.steps * shape.fuse - shape.slots)]
+  blocks = jnp.pad(blocks, pad, mode="edge")
+  of_step = lambda x: jnp.pad(x, pad).reshape(
+    *x.shape[:3], shape.steps, shape.fuse
+  )
+  bits = of_step(run) << jnp.arange(shape.fuse)
+  whole = of_step(classes == rules.WHOLE).all(-1)
+  codes = bits.sum(-1, dtype=jnp.int32) + WHOLE * whole
+  return blocks.reshape(-1), codes.reshape(-1).astype(jnp.int32)
+
+
+def by_key(lists, shape):
+  """Flat (key blocks, codes, edges, slots) for the dk, dv kernel, and steps.
+
+  A step holds up to `fuse` edges of one key block; an edge is a query
+  block of a query head. Every key block has a step, so that all of dk and dv
+  is written. The number of steps is static, that of the worst case.
+  """
+  b, hkv, group = shape.batch, shape.kv_heads, shape.group
+  spread = lambda x: jnp.broadcast_to(
+    x, (b, shape.heads, shape.nq, shape.slots)
+  ).reshape(b * hkv, -1)
+  indices, classes = spread(lists.indices), spread(lists.classes)
+  edges = indices.shape[1]
+  steps = -(-edges // shape.fuse) + shape.nk
+  key = jnp.where(
+    classes > rules.SKIP,
+    2 * indices + (classes != rules.WHOLE),
+    2 * shape.nk,
+  )
+  at = jnp.arange(edges, dtype=jnp.int32)
+  slot, q_block = at % shape.slots, at // shape.slots % shape.nq
+  head = at // (shape.slots * shape.nq)
+
+  def one(key, kv_head):
+    edge = ((kv_head * group + head) << HEAD_SHIFT) + q_block
+    key, edge, of_slot = lax.sort((key, edge, slot), num_keys=1)
+    bounds = jnp.searchsorted(key, jnp.arange(2 * shape.nk + 1))
+    begin, middle, end = bounds[:-1:2], bounds[1::2], bounds[2::2]
+    needed = jnp.maximum(-(-(end - begin) // shape.fuse), 1)
+    stop = jnp.cumsum(needed)
+    step = jnp.arange(steps)
+    block = jnp.searchsorted(stop, step, side="right")
+    block = jnp.minimum(block, shape.nk - 1)
+    within = step - (stop - needed)[block]
+    start = begin[block] + within * shape.fuse
+    n = jnp.where(
+      step < stop[-1], jnp.clip(end[block] - start, 0, shape.fuse), 0
+    )
+    code = (1 << n) - 1 + WHOLE * (start + shape.fuse <= middle[block])
+    code = jnp.where(n > 0, code, 0)
+    code += FIRST * (within == 0) + LAST * (within == needed[block] - 1)
+    places = start[:, None] + jnp.arange(shape.fuse)
+    places = jnp.minimum(places, jnp.maximum(start + n - 1, 0)[:, None])
+    places = jnp.clip(places, 0, edges - 1)
+    return block, code, edge[places], of_slot[places]
+
+  kv_heads = jnp.tile(jnp.arange(hkv, dtype=jnp.int32), b)
+  found = jax.vmap(one)(key, kv_heads)
+  return *(x.reshape(-1).astype(jnp.int32) for x in found), steps
+
+
+# What a body asks of positions and segments. Each is an operand of its own,
+# present only where the call needs it.
+
+
+def _needs(lists, settings, shape):
+  """Which integers the masked bodies read: names of optional operands."""
+  names = []
+  if settings.masked:
+    if settings.rule is not None and not settings.arange:
+      names.append("q_positions")
+    if not settings.arange and (settings.rule is not None or settings.padded):
+      names.append("kv_positions")
+    if lists.q_segments is not None:
+      names += ["q_segments", "kv_segments"]
+    if lists.members is not None:
+      names.append("members")
+  return names
+
+
+def _as_rows(x, block):
+  """[..., S] -> [..., blocks, 1, block]: a block is then any size."""
+  return x.reshape(*x.shape[:-1], -1, 1, block)
+
+
+def _allowed(q_at, k_at, q_in, k_in, bits, settings):
+  """What may be read; each argument broadcasts to the scores, or is None."""
+  ok = k_at != lists_lib.NOWHERE
+  if settings.rule is not None:
+    ok &= settings.rule(q_at, k_at)
+  if q_in is not None:
+    ok &= q_in == k_in
+  if bits is not None:
+    ok &= (bits & 1) == 1
+  return ok
+
+
+def _call(body, name, grid, prefetch, inputs, in_specs, outputs, out_specs,
+          scratch, parallel, settings):  # fmt: skip
+  """A pallas_call with prefetched lists; outputs vary as the inputs do."""
+  operands = (*prefetch, *inputs)
+  axes = lambda x: jax.typeof(x).manual_axis_type.varying
+  vary = frozenset().union(*map(axes, operands))
+  for_all = jax.sharding.ManualAxisType(varying=vary)
+  operands = [
+    lax.pcast(x, tuple(vary - axes(x)), to="varying") if vary - axes(x) else x
+    for x in operands
+  ]
+  outputs = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=for_all),
+    outputs,
+  )
+  order = ("parallel",) * parallel
+  order += ("arbitrary",) * (len(grid) - parallel)
+  return pl.pallas_call(
+    body,
+    name=name,
+    out_shape=outputs,
+    interpret=settings.interpret,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(prefetch),
+      grid=grid,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+  )(*operands)
+
+
+def _flat(x):
+  return x.reshape(*x.shape[:2], -1)
+
+
+def _pick(index, size):
+  """Along a shared dimension every program reads the one there is."""
+  return index if size > 1 else 0
+
+
+class _ByQuery:
+  """Specs and the mask of the kernels of the grid (b, h, query block, step)."""
+
+  def __init__(self, lists, settings, shape):
+    self.lists, self.settings, self.shape = lists, settings, shape
+    self.names = _needs(lists, settings, shape)
+    self.blocks, self.codes = by_query(lists, shape)
+    self.grid = (shape.batch, shape.heads, shape.nq, shape.steps)
+
+  def row(self, b, h, i):
+    """Which list: the index of its first step."""
+    s = self.shape
+    which = _pick(b, s.list_batch) * s.list_heads + _pick(h, s.list_heads)
+    return (which * s.nq + i) * s.steps
+
+  def specs(self):
+    """Of queries, of their statistics, and of each fused key block."""
+    s = self.shape
+    query = pl.BlockSpec(
+      (None, s.block_q, s.dim), lambda b, h, i, j, *_: (b, i, h)
+    )
+
+    def key(r):
+      def at(b, h, i, j, blocks, codes):
+        block = blocks[(self.row(b, h, i) + j) * s.fuse + r]
+        return b, block, h // s.group
+
+      return pl.BlockSpec((None, s.block_kv, s.dim), at)
+
+    return query, [key(r) for r in range(s.fuse)]
+
+  def statistics(self, rows):
+    s = self.shape
+    return pl.BlockSpec(
+      (None, None, None, rows, s.block_q),
+      lambda b, h, i, j, *_: (b, h, i, 0, 0),
+    )
+
+  def operands(self):
+    """Arrays and specs of the integers that the masked body reads."""
+    s, arrays, specs = self.shape, [], []
+    for name in self.names:
+      x = getattr(self.lists, name)
+      if name.startswith("q_"):
+        lead = x.shape[0]
+        arrays.append(_as_rows(x, s.block_q))
+        specs.append(
+          pl.BlockSpec(
+            (None, None, 1, s.block_q),
+            lambda b, h, i, j, *_, lead=lead: (_pick(b, lead), i, 0, 0),
+          )
+        )
+      elif name == "members":
+        lead, words = x.shape[:2], x.shape[3]
+        arrays.append(lax.bitcast_convert_type(x, jnp.int32))
+        specs.append(
+          pl.BlockSpec(
+            (None, None, None, words, s.block_q),
+            lambda b, h, i, j, *_, lead=lead: (
+              _pick(b, lead[0]), _pick(h, lead[1]), i, 0, 0),
+          )
+        )  # fmt: skip
+      else:
+        lead = x.shape[:2]
+        for r in range(s.fuse):
+
+          def at(b, h, i, j, blocks, codes, r=r, lead=lead):
+            block = blocks[(self.row(b, h, i) + j) * s.fuse + r]
+            return (
+              _pick(b, lead[0]), _pick(h // s.group, lead[1]), block, 0, 0
+            )  # fmt: skip
+
+          arrays.append(_as_rows(x, s.block_kv))
+          specs.append(pl.BlockSpec((None, None, None, 1, s.block_kv), at))
+    return arrays, specs
+
+  def split(self, refs):
+    """The refs of `operands`, by name."""
+    found, at = {}, 0
+    for name in self.names:
+      many = self.shape.fuse if name.startswith("kv_") else 1
+      found[name] = refs[at : at + many]
+      at += many
+    return found, refs[at:]
+
+  def mask(self, refs, blocks_ref, code, first, i, j):
+    """bool [block_q, width]: what the step's queries may read."""
+    s = self.shape
+    run = [(code >> r) & 1 == 1 for r in range(s.fuse)]
+    if "kv_positions" in refs:
+      k_at = _stack(refs["kv_positions"], 1)
+      here = _lay([x.astype(jnp.int32) for x in run], s.block_kv) == 1
+      k_at = jnp.where(here, k_at, lists_lib.NOWHERE)
+    else:  # positions are indices
+      starts = [
+        jnp.where(x, blocks_ref[first + r] * s.block_kv, lists_lib.NOWHERE)
+        for r, x in enumerate(run)
+      ]
+      lane = lax.broadcasted_iota(jnp.int32, (1, s.width), 1) % s.block_kv
+      start = _lay(starts, s.block_kv)
+      k_at = jnp.where(start == lists_lib.NOWHERE, start, start + lane)
+      if self.settings.padded:
+        k_at = jnp.where(k_at < self.settings.kv_len, k_at, lists_lib.NOWHERE)
+    shape = (s.block_q, s.width)
+    q_at = q_in = k_in = bits = None
+    if "q_positions" in refs:
+      q_at = _wide(_column(refs["q_positions"][0][...]), s.width)
+    elif self.settings.rule is not None:
+      q_at = i * s.block_q + lax.broadcasted_iota(jnp.int32, shape, 0)
+    if "q_segments" in refs:
+      q_in = _wide(_column(refs["q_segments"][0][...]), s.width)
+      k_in = _stack(refs["kv_segments"], 1)
+    if "members" in refs:
+      slot = j * s.fuse  # fuse divides 32: one word holds a step's bits
+      word = refs["members"][0][pl.ds(slot // block_mask.MEMBER_BITS, 1), :]
+      run_of_lane = (
+        lax.broadcasted_iota(jnp.int32, (1, s.width), 1) // s.block_kv
+      )
+      shift = slot % block_mask.MEMBER_BITS + run_of_lane
+      bits = lax.shift_right_logical(
+        _wide(_column(word), s.width), jnp.broadcast_to(shift, shape)
+      )
+    return jnp.broadcast_to(
+      _allowed(q_at, k_at, q_in, k_in, bits, self.settings), shape
+    )
+
+
+def _logits(q, keys, settings):
+  """Base-2 logits of scaled queries, and the tanh of a soft cap."""
+  s = _nt(q, keys)
+  if settings.softcap is None:
+    return s, None
+  tanh = jnp.tanh(s)
+  return tanh * (settings.softcap * LOG2E), tanh
+
+
+def _scaled(q, settings):
+  """Queries whose products with keys are what `_logits` takes."""
+  factor = settings.scale * LOG2E
+  if settings.softcap is not None:
+    factor = settings.scale / settings.softcap
+  return (q.astype(f32) * factor).astype(q.dtype)
+
+
+def _unscaled(settings):
+  """What a gradient against scaled queries, times scale, is divided by."""
+  return LOG2E if settings.softcap is None else 1 / settings.softcap
+
+
+def _widen(x, to):
+  """Zeros behind the head dimension."""
+  return jnp.pad(x, [(0, 0)] * 3 + [(0, to - x.shape[-1])])
+
+
+def _tall(x, nq, rows):
+  """Tiles of fewer than `rows` queries are filled up, [B, S, ...]."""
+  tiles = x.reshape(x.shape[0], nq, -1, *x.shape[2:])
+  pad = [(0, 0)] * tiles.ndim
+  pad[2] = (0, rows - tiles.shape[2])
+  return jnp.pad(tiles, pad).reshape(x.shape[0], nq * rows, *x.shape[2:])
+
+
+def _short(x, nq, rows):
+  """The inverse of `_tall`."""
+  tiles = x.reshape(x.shape[0], nq, -1, *x.shape[2:])[:, :, :rows]
+  return tiles.reshape(x.shape[0], nq * rows, *x.shape[2:])
+
+
+def _fit(lists, settings):
+  """Lists and settings for tiles of at least ROWS queries."""
+  if settings.block_q >= ROWS:
+    return lists, settings
+  nq = lists.indices.shape[2]
+  grow = lambda x: _tall(x[..., None], nq, ROWS)[..., 0]
+  members, segments = lists.members, lists.q_segments
+  if members is not None:
+    pad = [(0, 0)] * 4 + [(0, ROWS - settings.block_q)]
+    members = jnp.pad(members, pad)
+  lists = dataclasses.replace(
+    lists,
+    members=members,
+    q_positions=grow(lists.q_positions),
+    q_segments=None if segments is None else grow(segments),
+  )
+  # Positions are no longer indices.
+  return lists, dataclasses.replace(settings, block_q=ROWS, arange=False)
+
+
+def _of_rows(x, shape):
+  """f32 [B, S, H] -> [B, H, nq, 1, block_q]."""
+  x = jnp.swapaxes(x, 1, 2)
+  return x.reshape(shape.batch, shape.heads, shape.nq, 1, shape.block_q)
+
+
+def forward(q, k, v, lists, settings):
+  """Output, natural log-sum-exp, and None; as xla.forward."""
+  nq, rows, dim = lists.indices.shape[2], settings.block_q, q.shape[-1]
+  if 0 in (*q.shape, *k.shape, lists.indices.shape[-1]):
+    return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf), None
+  lists, settings = _fit(lists, settings)
+  lanes = -(-dim // LANES) * LANES
+  q, k, v = (_widen(x, lanes) for x in (q, k, v))
+  q = _tall(q, nq, settings.block_q)
+  out, lse = _forward(_scaled(q, settings), k, v, lists, settings)
+  out = _short(out[..., :dim], nq, rows)
+  return out, _short(lse, nq, rows), None
+
+
+def _forward(q, k, v, lists, settings):
+  shape = _Shape.of(q, k, lists, settings)
+  on = _ByQuery(lists, settings, shape)
+  query, keys = on.specs()
+  integers, integer_specs = on.operands()
+  fuse, width, dim = shape.fuse, shape.width, shape.dim
+
+  def body(blocks_ref, codes_ref, q_ref, *rest):
+    k_refs, v_refs, rest = rest[:fuse], rest[fuse : 2 * fuse], rest[2 * fuse :]
+    refs, (out_ref, lse_ref, top_ref, total_ref, acc_ref) = on.split(rest)
+    b, h, i, j = (pl.program_id(axis) for axis in range(4))
+    step = on.row(b, h, i) + j
+    code = codes_ref[step]
+
+    @pl.when(j == 0)
+    def _():
+      top_ref[...] = jnp.full_like(top_ref, NEVER)
+      total_ref[...] = jnp.zeros_like(total_ref)
+      acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def attend(cut):
+      s, _ = _logits(q_ref[...], _stack(k_refs), settings)
+      if cut:
+        ok = on.mask(refs, blocks_ref, code, step * fuse, i, j)
+        s = jnp.where(ok, s, -jnp.inf)
+      old = top_ref[...]
+      new = jnp.maximum(old, s.max(1, keepdims=True))
+      decay = jnp.exp2(old - new)
+      p = jnp.exp2(s - _wide(new, width))
+      top_ref[...] = new
+      total_ref[...] = total_ref[...] * decay + _fold(p)
+      acc_ref[...] = acc_ref[...] * _wide(decay, dim) + _nn(
+        p.astype(v.dtype), _stack(v_refs)
+      )
+
+    pl.when(code >= WHOLE)(lambda: attend(False))
+    pl.when((code > 0) & (code < WHOLE))(lambda: attend(True))
+
+    @pl.when(j == shape.steps - 1)
+    def _():
+      total = total_ref[...].sum(1, keepdims=True)
+      some = total > 0
+      safe = jnp.where(some, total, 1.0)
+      inverse = jnp.where(some, 1.0 / safe, 0.0)
+      out_ref[...] = (acc_ref[...] * inverse).astype(out_ref.dtype)
+      lse = (top_ref[...] + jnp.log2(safe)) * (1 / LOG2E)
+      lse_ref[...] = jnp.where(some, lse, -jnp.inf).T[:1]
+
+  s = shape
+  out, lse = _call(
+    body,
+    "block_sparse_attention_forward",
+    on.grid,
+    (on.blocks, on.codes),
+    (_flat(q), *[_flat(k)] * fuse, *[_flat(v)] * fuse, *integers),
+    [query, *keys, *keys, *integer_specs],
+    [
+      jax.ShapeDtypeStruct(_flat(q).shape, q.dtype),
+      jax.ShapeDtypeStruct((s.batch, s.heads, s.nq, 1, s.block_q), f32),
+    ],
+    [query, on.statistics(1)],
+    [pltpu.VMEM((s.block_q, n), f32) for n in (LANES, LANES, dim)],
+    3,
+    settings,
+  )
+  lse = jnp.swapaxes(lse.reshape(s.batch, s.heads, -1), 1, 2)
+  return out.reshape(q.shape), lse
+
+
+def backward(q, k, v, lists, lse, delta, dout, settings):
+  """Gradients of q, k and v; as xla.backward."""
+  nq, rows, dim = lists.indices.shape[2], settings.block_q, q.shape[-1]
+  if 0 in (*q.shape, *k.shape, lists.indices.shape[-1]):
+    return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+  lists, settings = _fit(lists, settings)
+  lanes = -(-dim // LANES) * LANES
+  k, v = (_widen(x, lanes) for x in (k, v))
+  q, dout = (_tall(_widen(x, lanes), nq, settings.block_q) for x in (q, dout))
+  shape = _Shape.of(q, k, lists, settings)
+  # A row that read nothing has probabilities of zero against this.
+  lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, -NEVER)
+  # Both statistics are one operand, [B, H, nq, 2, block_q].
+  lse, delta = (
+    _of_rows(_tall(x, nq, settings.block_q), shape) for x in (lse, delta)
+  )
+  statistics = jnp.concatenate([lse, delta], 3)
+  q = _scaled(q, settings)
+  dout = dout.astype(q.dtype)
+  dq = _backward_q(q, k, v, dout, statistics, lists, settings)
+  dk, dv = _backward_kv(q, k, v, dout, statistics, lists, settings)
+  return _short(dq[..., :dim], nq, rows), dk[..., :dim], dv[..., :dim]
+
+
+def _backward_q(q, k, v, dout, statistics, lists, settings):
+  shape = _Shape.of(q, k, lists, settings)
+  on = _ByQuery(lists, settings, shape)
+  query, keys = on.specs()
+  integers, integer_specs = on.operands()
+  fuse, width, dim = shape.fuse, shape.width, shape.dim
+
+  def body(blocks_ref, codes_ref, q_ref, dout_ref, statistics_ref, *rest):
+    k_refs, v_refs, rest = rest[:fuse], rest[fuse : 2 * fuse], rest[2 * fuse :]
+    refs, (dq_ref, lse_ref, delta_ref, acc_ref) = on.split(rest)
+    b, h, i, j = (pl.program_id(axis) for axis in range(4))
+    step = on.row(b, h, i) + j
+    code = codes_ref[step]
+
+    @pl.when(j == 0)
+    def _():
+      lse_ref[...] = _column(statistics_ref[:1])
+      delta_ref[...] = _column(statistics_ref[1:])
+      acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def attend(cut):
+      picked = _stack(k_refs)
+      s, tanh = _logits(q_ref[...], picked, settings)
+      p = jnp.exp2(s - _wide(lse_ref[...], width))
+      if cut:
+        ok = on.mask(refs, blocks_ref, code, step * fuse, i, j)
+        p = jnp.where(ok, p, 0.0)
+      ds = p * (
+        _nt(dout_ref[...], _stack(v_refs)) - _wide(delta_ref[...], width)
+      )
+      if tanh is not None:
+        ds *= 1 - tanh * tanh
+      acc_ref[...] += _nn(ds.astype(k.dtype), picked)
+
+    pl.when(code >= WHOLE)(lambda: attend(False))
+    pl.when((code > 0) & (code < WHOLE))(lambda: attend(True))
+
+    @pl.when(j == shape.steps - 1)
+    def _():
+      dq_ref[...] = (acc_ref[...] * settings.scale).astype(dq_ref.dtype)
+
+  dq = _call(
+    body,
+    "block_sparse_attention_dq",
+    on.grid,
+    (on.blocks, on.codes),
+    (
+      _flat(q),
+      _flat(dout),
+      statistics,
+      *[_flat(k)] * fuse,
+      *[_flat(v)] * fuse,
+      *integers,
+    ),
+    [query, query, on.statistics(2), *keys, *keys, *integer_specs],
+    jax.ShapeDtypeStruct(_flat(q).shape, q.dtype),
+    query,
+    [pltpu.VMEM((shape.block_q, n), f32) for n in (LANES, LANES, dim)],
+    3,
+    settings,
+  )
+  return dq.reshape(q.shape)
+
+
+def _backward_kv(q, k, v, dout, statistics, lists, settings):
+  """Scores are transposed, [keys, queries]: row statistics lie along lanes.
+
+  The heads of a group are edges of the same key block, and summed here.
+  """
+  # Tiles of few queries are fused until they fill the lanes.
+  fuse = settings.fuse or max(min(FUSED_KEYS // settings.block_q, MAX_FUSE), 1)
+  shape = dataclasses.replace(_Shape.of(q, k, lists, settings), fuse=fuse)
+  s = shape
+  blocks, codes, edges, slots, steps = by_key(lists, shape)
+  names = _needs(lists, settings, shape)
+  members = "members" in names
+  prefetch = (blocks, codes, edges) + ((slots,) if members else ())
+  width = fuse * s.block_q
+  row = lambda b, h, j: (b * s.kv_heads + h) * steps + j
+
+  def at_key(*block):
+    def index(b, h, j, blocks, *_):
+      return b, blocks[row(b, h, j)], h
+
+    return pl.BlockSpec(block, index)
+
+  def at_query(block, index):
+    """One spec a fused edge; `index` takes b, query head, query block."""
+
+    def of(r):
+      def at(b, h, j, blocks, codes, edges, *_):
+        edge = edges[row(b, h, j) * fuse + r]
+        head, q_block = edge >> HEAD_SHIFT, edge & ((1 << HEAD_SHIFT) - 1)
+        return index(b, head, q_block)
+
+      return pl.BlockSpec(block, at)
+
+    return [of(r) for r in range(fuse)]
+
+  arrays = [_flat(k), _flat(v)]
+  specs = [at_key(None, s.block_kv, s.dim)] * 2
+  query = at_query((None, s.block_q, s.dim), lambda b, h, i: (b, i, h))
+  many = []  # operands with one ref an edge, in order
+
+  def add(name, array, found):
+    many.append(name)
+    arrays.extend([array] * fuse)
+    specs.extend(found)
+
+  add("q", _flat(q), query)
+  add("dout", _flat(dout), query)
+  add(
+    "statistics",
+    statistics,
+    at_query((None, None, None, 2, s.block_q), lambda b, h, i: (b, h, i, 0, 0)),
+  )
+  for name in names:
+    x = getattr(lists, name)
+    if name.startswith("q_"):
+      lead = x.shape[0]
+      add(
+        name,
+        _as_rows(x, s.block_q),
+        at_query(
+          (None, None, 1, s.block_q),
+          lambda b, h, i, lead=lead: (_pick(b, lead), i, 0, 0),
+        ),
+      )
+    elif name == "members":
+      lead, words = x.shape[:2], x.shape[3]
+      add(
+        name,
+        lax.bitcast_convert_type(x, jnp.int32),
+        at_query(
+          (None, None, None, words, s.block_q),
+          lambda b, h, i, lead=lead: (
+            _pick(b, lead[0]), _pick(h, lead[1]), i, 0, 0),
+        ),
+      )  # fmt: skip
+  ones = [name for name in names if name.startswith("kv_")]
+  for name in ones:
+    x = getattr(lists, name)
+    lead = x.shape[:2]
+
+    def at(b, h, j, blocks, *_, lead=lead):
+      block = blocks[row(b, h, j)]
+      return _pick(b, lead[0]), _pick(h, lead[1]), block, 0, 0
+
+    arrays.append(_as_rows(x, s.block_kv))
+    specs.append(pl.BlockSpec((None, None, None, 1, s.block_kv), at))
+
+  def body(*refs):
+    prefetched, refs = refs[: len(prefetch)], refs[len(prefetch) :]
+    blocks_ref, codes_ref, edges_ref = prefetched[:3]
+    k_ref, v_ref, *refs = refs
+    of = {}
+    for name in many:
+      of[name], refs = refs[:fuse], refs[fuse:]
+    for name in ones:
+      of[name], refs = refs[:1], refs[1:]
+    dk_ref, dv_ref, dk_acc, dv_acc = refs
+    b, h, j = (pl.program_id(axis) for axis in range(3))
+    step = row(b, h, j)
+    code = codes_ref[step]
+
+    def mask():
+      run = [(code >> r) & 1 for r in range(fuse)]
+      full = (s.block_kv, width)
+      here = _lay(run, s.block_q) == 1
+      column = lambda x: _wide(_column(x), width)
+      if width % LANES:
+        column = lambda x: jnp.broadcast_to(
+          _column(x)[:, :1], (s.block_kv, width)
+        )
+      if "kv_positions" in of:
+        k_at = column(of["kv_positions"][0][...])
+      else:
+        k_at = blocks_ref[step] * s.block_kv
+        k_at += lax.broadcasted_iota(jnp.int32, full, 0)
+        if settings.padded:
+          k_at = jnp.where(k_at < settings.kv_len, k_at, lists_lib.NOWHERE)
+      q_at = q_in = k_in = bits = None
+      if "q_positions" in of:
+        q_at = _stack(of["q_positions"], 1)
+      elif settings.rule is not None:
+        low = (1 << HEAD_SHIFT) - 1
+        starts = [
+          (edges_ref[step * fuse + r] & low) * s.block_q for r in range(fuse)
+        ]
+        lane = lax.broadcasted_iota(jnp.int32, (1, width), 1) % s.block_q
+        q_at = _lay(starts, s.block_q) + lane
+      if "q_segments" in of:
+        q_in = _stack(of["q_segments"], 1)
+        k_in = column(of["kv_segments"][0][...])
+      if members:
+        found = []
+        for r, ref in enumerate(of["members"]):
+          slot = prefetched[3][step * fuse + r]
+          word = ref[pl.ds(slot // block_mask.MEMBER_BITS, 1), :]
+          shift = jnp.full(word.shape, slot % block_mask.MEMBER_BITS)
+          found.append(lax.shift_right_logical(word, shift))
+        bits = found[0] if fuse == 1 else jnp.concatenate(found, 1)
+      ok = _allowed(q_at, k_at, q_in, k_in, bits, settings)
+      return jnp.broadcast_to(ok & here, full)
+
+    @pl.when((code & FIRST) > 0)
+    def _():
+      dk_acc[...] = jnp.zeros_like(dk_acc)
+      dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    def attend(cut):
+      queries, grads = _stack(of["q"]), _stack(of["dout"])
+      line = lambda n: (
+        of["statistics"][0][n : n + 1]
+        if fuse == 1
+        else jnp.concatenate([r[n : n + 1] for r in of["statistics"]], 1)
+      )
+      scores, tanh = _logits(k_ref[...], queries, settings)
+      p = jnp.exp2(scores - line(0))
+      if cut:
+        p = jnp.where(mask(), p, 0.0)
+      dv_acc[...] += _nn(p.astype(dout.dtype), grads)
+      ds = p * (_nt(v_ref[...], grads) - line(1))
+      if tanh is not None:
+        ds *= 1 - tanh * tanh
+      dk_acc[...] += _nn(ds.astype(q.dtype), queries)
+
+    some = (code & (WHOLE - 1)) > 0
+    pl.when((code & WHOLE) > 0)(lambda: attend(False))
+    pl.when(((code & WHOLE) == 0) & some)(lambda: attend(True))
+
+    @pl.when((code & LAST) > 0)
+    def _():
+      dk = dk_acc[...] * (1 / _unscaled(settings))
+      dk_ref[...] = dk.astype(dk_ref.dtype)
+      dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
+
+  dk, dv = _call(
+    body,
+    "block_sparse_attention_dkv",
+    (s.batch, s.kv_heads, steps),
+    prefetch,
+    arrays,
+    specs,
+    [jax.ShapeDtypeStruct(_flat(x).shape, x.dtype) for x in (k, v)],
+    [at_key(None, s.block_kv, s.dim)] * 2,
+    [pltpu.VMEM((s.block_kv, s.dim), f32)] * 2,
+    2,
+    settings,
+  )
+  return dk.reshape(k.shape), dv.reshape(v.shape)
