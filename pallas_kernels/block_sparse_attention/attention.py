@@ -8,9 +8,11 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import block_mask
+from pallas_kernels import partitioning
 from pallas_kernels import rules
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 from pallas_kernels.block_sparse_attention import reference
+from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
 
 BACKENDS = ("tpu", "xla", "reference")
@@ -91,7 +93,7 @@ def block_sparse_attention(
     (1, 64, 2, 8)
 
   Source: blasst, BLASST: the skip condition of its algorithm, decided for a
-  tile in the order of its list. psa, PSA: multi-level key blocks whose logits are
+  tile in the order of its list. psa, PSA: multi-level key blocks, their logits
   raised by the logarithm of the pool's size (`BlockMask.level`).
   """
   _check_arrays(q, k, v, mask)
@@ -208,10 +210,69 @@ def _lacks(settings):
   return None
 
 
+# What the dimensions of an argument are, for pallas_kernels.partitioning.
+_NAMES = {
+  "q": "b nw gr d",
+  "k": "b t g d",
+  "lse": "b nw gr",
+  "indices": "b gr n c",
+  "classes": "b gr n c",
+  "members": "b gr n m w",
+  "q_positions": "b nw",
+  "kv_positions": "b g t",
+  "q_segments": "b nw",
+  "kv_segments": "b g t",
+}
+
+
+def _on_shards(name, q, k, v, lists, rest, settings):
+  """A function of the chosen backend, on the shards of its arguments."""
+  present = {
+    field.name: getattr(lists, field.name)
+    for field in dataclasses.fields(lists)
+    if getattr(lists, field.name) is not None
+  }
+  args = (q, k, v, *rest, *present.values())
+  names = [_NAMES[x] for x in ("q", "k", "k")]
+  names += [_NAMES["lse"], _NAMES["lse"], _NAMES["q"]][: len(rest)]
+  names += [_NAMES[x] for x in present]
+  sizes = {
+    "b": q.shape[0],
+    "n": lists.indices.shape[2],
+    "w": settings.block_q,
+    "g": k.shape[2],
+    "r": q.shape[2] // k.shape[2],
+    "d": q.shape[3],
+    "t": k.shape[1],
+    "c": lists.indices.shape[3],
+    "m": 1 if lists.members is None else lists.members.shape[3],
+  }
+
+  def run(axes, q, k, v, *others):
+    rest_here, arrays = others[: len(rest)], others[len(rest) :]
+    lists_here = dataclasses.replace(
+      lists, **dict(zip(present, arrays, strict=True))
+    )
+    # Of a shard of the queries the positions are no indices.
+    here = dataclasses.replace(
+      settings, arange=settings.arange and "n" not in axes
+    )
+    found = _choose(here, name, q, k, v, lists_here, *rest_here)
+    return tuple(x for x in found if x is not None)
+
+  if name == "forward":
+    outs, summed = [_NAMES["q"], _NAMES["lse"]], {}
+    if settings.skip_threshold:
+      outs.append(_NAMES["indices"])
+  else:
+    outs, summed = [_NAMES["q"], _NAMES["k"], _NAMES["k"]], {1: "n", 2: "n"}
+  return partitioning.per_shard(
+    run, args, names, outs, sizes, cut="bng", summed=summed
+  )
+
+
 def _choose(settings, name, *args):
   """Runs a function of the backend asked for, or of the platform's."""
-  from pallas_kernels.block_sparse_attention import tpu
-
   fallback = functools.partial(getattr(xla, name), settings=settings)
   kernel = functools.partial(getattr(tpu, name), settings=settings)
   lacks = _lacks(settings)
@@ -231,7 +292,8 @@ def run(q, k, v, lists, settings):
 
 
 def _run_fwd(q, k, v, lists, settings):
-  out, lse, kept = _choose(settings, "forward", q, k, v, lists)
+  out, lse, *kept = _on_shards("forward", q, k, v, lists, (), settings)
+  kept = kept[0] if kept else None
   lists = without(lists, kept)
   return (out, lse, kept), (q, k, v, lists, out, lse)
 
@@ -242,10 +304,10 @@ def _run_bwd(settings, residuals, cotangents):
   delta = jnp.einsum(
     "bshd,bshd->bsh", out, dout, preferred_element_type=jnp.float32
   )
-  dq, dk, dv = _choose(
-    settings, "backward", q, k, v, lists, lse, delta - dlse, dout
-  )
-  return dq, dk, dv, None
+  rest = (lse, delta - dlse, dout)
+  grads = _on_shards("backward", q, k, v, lists, rest, settings)
+  grads = map(partitioning.sum_like, grads, (q, k, v))
+  return *grads, None
 
 
 run.defvjp(_run_fwd, _run_bwd)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import block_mask
+from pallas_kernels import partitioning
 from pallas_kernels import rules
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 
@@ -254,14 +255,9 @@ def _allowed(q_at, k_at, q_in, k_in, bits, settings):
 def _call(body, name, grid, prefetch, inputs, in_specs, outputs, out_specs,
           scratch, parallel, settings):  # fmt: skip
   """A pallas_call with prefetched lists; outputs vary as the inputs do."""
-  operands = (*prefetch, *inputs)
-  axes = lambda x: jax.typeof(x).manual_axis_type.varying
-  vary = frozenset().union(*map(axes, operands))
-  for_all = jax.sharding.ManualAxisType(varying=vary)
-  operands = [
-    lax.pcast(x, tuple(vary - axes(x)), to="varying") if vary - axes(x) else x
-    for x in operands
-  ]
+  operands = partitioning.vary_alike(*prefetch, *inputs)
+  axes = partitioning.varying(operands[0])
+  for_all = jax.sharding.ManualAxisType(varying=axes)
   outputs = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=for_all),
     outputs,

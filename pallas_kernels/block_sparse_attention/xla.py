@@ -14,6 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import block_mask
+from pallas_kernels import partitioning
 from pallas_kernels import rules
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 
@@ -254,6 +255,7 @@ def forward(q, k, v, lists, settings):
     out [B, Sp, H, D] as q, lse f32 [B, Sp, H], -inf where nothing was read,
     and None or bool [B, H, nq, C].
   """
+  q, k, v, lists = partitioning.vary_alike(q, k, v, lists)
   shape = _Shape.of(q, k, lists, settings)
   keys, values = _blocks(k, shape), _blocks(v, shape)
   kv_blocks = k.shape[1] // shape.block_kv
@@ -283,7 +285,7 @@ def forward(q, k, v, lists, settings):
 
   def tile(carry, rows, tiles):
     scaled = rows["q"].astype(jnp.float32) * settings.scale
-    low = jnp.full((*scaled.shape[:2], 1), -jnp.inf)
+    low = jnp.full_like(scaled[..., :1], -jnp.inf)
     if shape.chunk == shape.slots:
       found = either(scaled, rows, _chunk_of(tiles, 0, shape), low)
       acc, top, total, kept = found
@@ -305,7 +307,7 @@ def forward(q, k, v, lists, settings):
         jnp.zeros_like(scaled),
         least,
         jnp.zeros_like(low),
-        jnp.zeros(tiles["classes"].shape, bool),
+        jnp.zeros_like(tiles["classes"], dtype=bool),
       )
       acc, top, total, kept = lax.fori_loop(
         0, _chunks(tiles["classes"], shape), chunk, state
@@ -336,6 +338,9 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
   Returns:
     dq, dk, dv in the dtypes of q, k and v.
   """
+  q, k, v, lists, lse, delta, dout = partitioning.vary_alike(
+    q, k, v, lists, lse, delta, dout
+  )
   shape = _Shape.of(q, k, lists, settings)
   keys, values = _blocks(k, shape), _blocks(v, shape)
   kv_blocks = k.shape[1] // shape.block_kv
@@ -389,7 +394,7 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
     dq = (dq * settings.scale).astype(q.dtype)
     return tuple(carry), {"dq": dq}, {}
 
-  zeros = jnp.zeros(keys.shape, jnp.float32)
+  zeros = jnp.zeros_like(keys, dtype=jnp.float32)
   (dk, dv), rows, _ = _over_tiles(tile, (zeros, zeros), by_row, by_tile, shape)
 
   def unblock(x, like):
@@ -407,6 +412,7 @@ def block_mass(q, k, lists, settings, lse, kind):
     lse: f32 [B, Sp, H], +inf for rows that do not count.
     kind: "sum" or "max".
   """
+  q, k, lists, lse = partitioning.vary_alike(q, k, lists, lse)
   shape = _Shape.of(q, k, lists, settings)
   keys = _blocks(k, shape)
   kv_blocks = k.shape[1] // shape.block_kv
@@ -425,7 +431,7 @@ def block_mass(q, k, lists, settings, lse, kind):
       part = p.sum((1, 3)) if kind == "sum" else p.max((1, 3))
       return lax.dynamic_update_slice_in_dim(mass, part, at * shape.chunk, 1)
 
-    mass = jnp.zeros(tiles["classes"].shape, jnp.float32)
+    mass = jnp.zeros_like(tiles["classes"], dtype=jnp.float32)
     count = _chunks(tiles["classes"], shape)
     return carry, {}, {"mass": lax.fori_loop(0, count, chunk, mass)}
 
