@@ -72,7 +72,7 @@ def per_shard(
     out_names: the same for each output.
     sizes: of each letter.
     cut: the letters that may be cut; each must be the first of its words.
-    summed: of an output by its number, the letter whose shards it is summed over.
+    summed: for an output by its number, the letter whose shards to sum over.
 
   Returns:
     The tuple that f returns.

@@ -7,15 +7,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from pallas_kernels import block_mask
 from pallas_kernels import partitioning
 from pallas_kernels import rules
+from pallas_kernels.block_sparse_attention import checks
+from pallas_kernels.block_sparse_attention import dispatch
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 from pallas_kernels.block_sparse_attention import reference
-from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
-
-BACKENDS = ("tpu", "xla", "reference")
 
 
 def block_sparse_attention(
@@ -96,61 +94,25 @@ def block_sparse_attention(
   tile in the order of its list. psa, PSA: multi-level key blocks, their logits
   raised by the logarithm of the pool's size (`BlockMask.level`).
   """
-  _check_arrays(q, k, v, mask)
-  b, s, h, d = q.shape
-  t = k.shape[1]
-  positions = (
-    _check_integers("q_positions", q_positions, b, s, jnp.arange(s)),
-    _check_integers("kv_positions", kv_positions, b, t, jnp.arange(t)),
-  )
-  segments = None
-  if (q_segment_ids is None) != (kv_segment_ids is None):
-    raise ValueError(
-      "q_segment_ids and kv_segment_ids must be given together; got "
-      f"{'kv' if q_segment_ids is None else 'q'}_segment_ids alone."
-    )
-  if q_segment_ids is not None:
-    segments = (
-      _check_integers("q_segment_ids", q_segment_ids, b, s),
-      _check_integers("kv_segment_ids", kv_segment_ids, b, t),
-    )
-  if sinks is not None:
-    sinks = jnp.asarray(sinks, jnp.float32)
-    if sinks.shape != (h,):
-      raise ValueError(
-        f"sinks has shape {sinks.shape}; it must be ({h},), one a query head."
-      )
-  if softcap is not None and not softcap > 0:
-    raise ValueError(f"softcap is {softcap}; it must be positive.")
-  if skip_threshold is not None and not 0 <= skip_threshold < 1:
-    raise ValueError(
-      f"skip_threshold is {skip_threshold}; it must be in [0, 1)."
-    )
-  if return_block_mass not in (None, "sum", "max"):
-    raise ValueError(
-      f"return_block_mass is {return_block_mass!r}; it takes None, 'sum' or "
-      "'max'."
-    )
-  if backend is not None and backend not in BACKENDS:
-    raise ValueError(
-      f"backend is {backend!r}; it takes None or one of {BACKENDS}."
-    )
-  if interpret and backend != "tpu":
-    raise ValueError(
-      f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
-      "kernel, so name one: backend='tpu'."
-    )
-  settings = lists_lib.Settings(
-    block_q=mask.block_q,
-    block_kv=mask.block_kv,
-    scale=d**-0.5 if scale is None else float(scale),
-    softcap=None if softcap is None else float(softcap),
-    skip_threshold=skip_threshold or None,
-    arange=q_positions is None and kv_positions is None,
-    backend=backend or "auto",
+  call = checks.check(
+    q,
+    k,
+    v,
+    mask,
+    scale=scale,
+    softcap=softcap,
+    sinks=sinks,
+    q_positions=q_positions,
+    kv_positions=kv_positions,
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
+    skip_threshold=skip_threshold,
+    block_mass=return_block_mass,
+    backend=backend,
     interpret=interpret,
   )
-  mask = _drop_unread(mask, t)
+  settings, positions, segments, sinks = call
+  mask = _drop_unread(mask, k.shape[1])
   if backend == "reference":
     out, lse, mass = reference.attention(
       q, k, v, mask, settings, positions, segments, sinks
@@ -176,12 +138,7 @@ def _by_kernel(q, k, v, mask, settings, positions, segments, sinks, mass_kind):
     q, k, v, mask, positions, segments, settings
   )
   out, lse, kept = run(queries, keys, values, lists, settings)
-  out, lse = out[:, :s], lse[:, :s]
-  if sinks is not None:
-    # A sink only lowers all probabilities of its row alike.
-    share = jax.nn.sigmoid(lse - sinks)
-    out = (out * share[..., None]).astype(out.dtype)
-    lse = jnp.logaddexp(lse, sinks)
+  out, lse = with_sinks(out[:, :s], lse[:, :s], sinks)
   mass = None
   if mass_kind is not None:
     rows = ((0, 0), (0, queries.shape[1] - s), (0, 0))
@@ -194,6 +151,14 @@ def _by_kernel(q, k, v, mask, settings, positions, segments, sinks, mass_kind):
   return out, lse, mass
 
 
+def with_sinks(out, lse, sinks):
+  """A sink only lowers all probabilities of its row alike."""
+  if sinks is None:
+    return out, lse
+  share = jax.nn.sigmoid(lse - sinks)
+  return (out * share[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)
+
+
 def without(lists, kept):
   """Lists in which the blocks that were not kept are not run."""
   if kept is None:
@@ -203,88 +168,6 @@ def without(lists, kept):
   )
 
 
-def _lacks(settings):
-  """What the TPU kernel cannot do of a call, or None."""
-  if settings.skip_threshold:
-    return "skip_threshold"
-  return None
-
-
-# What the dimensions of an argument are, for pallas_kernels.partitioning.
-_NAMES = {
-  "q": "b nw gr d",
-  "k": "b t g d",
-  "lse": "b nw gr",
-  "indices": "b gr n c",
-  "classes": "b gr n c",
-  "members": "b gr n m w",
-  "q_positions": "b nw",
-  "kv_positions": "b g t",
-  "q_segments": "b nw",
-  "kv_segments": "b g t",
-}
-
-
-def _on_shards(name, q, k, v, lists, rest, settings):
-  """A function of the chosen backend, on the shards of its arguments."""
-  present = {
-    field.name: getattr(lists, field.name)
-    for field in dataclasses.fields(lists)
-    if getattr(lists, field.name) is not None
-  }
-  args = (q, k, v, *rest, *present.values())
-  names = [_NAMES[x] for x in ("q", "k", "k")]
-  names += [_NAMES["lse"], _NAMES["lse"], _NAMES["q"]][: len(rest)]
-  names += [_NAMES[x] for x in present]
-  sizes = {
-    "b": q.shape[0],
-    "n": lists.indices.shape[2],
-    "w": settings.block_q,
-    "g": k.shape[2],
-    "r": q.shape[2] // k.shape[2],
-    "d": q.shape[3],
-    "t": k.shape[1],
-    "c": lists.indices.shape[3],
-    "m": 1 if lists.members is None else lists.members.shape[3],
-  }
-
-  def run(axes, q, k, v, *others):
-    rest_here, arrays = others[: len(rest)], others[len(rest) :]
-    lists_here = dataclasses.replace(
-      lists, **dict(zip(present, arrays, strict=True))
-    )
-    # Of a shard of the queries the positions are no indices.
-    here = dataclasses.replace(
-      settings, arange=settings.arange and "n" not in axes
-    )
-    found = _choose(here, name, q, k, v, lists_here, *rest_here)
-    return tuple(x for x in found if x is not None)
-
-  if name == "forward":
-    outs, summed = [_NAMES["q"], _NAMES["lse"]], {}
-    if settings.skip_threshold:
-      outs.append(_NAMES["indices"])
-  else:
-    outs, summed = [_NAMES["q"], _NAMES["k"], _NAMES["k"]], {1: "n", 2: "n"}
-  return partitioning.per_shard(
-    run, args, names, outs, sizes, cut="bng", summed=summed
-  )
-
-
-def _choose(settings, name, *args):
-  """Runs a function of the backend asked for, or of the platform's."""
-  fallback = functools.partial(getattr(xla, name), settings=settings)
-  kernel = functools.partial(getattr(tpu, name), settings=settings)
-  lacks = _lacks(settings)
-  if settings.backend == "xla" or (settings.backend == "auto" and lacks):
-    return fallback(*args)
-  if settings.backend == "tpu":
-    if lacks:
-      raise ValueError(f"backend 'tpu' has no {lacks}; use 'xla' or None.")
-    return kernel(*args)
-  return lax.platform_dependent(*args, tpu=kernel, default=fallback)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def run(q, k, v, lists, settings):
   """out, lse and kept of prepared arguments; see xla.forward."""
@@ -292,20 +175,25 @@ def run(q, k, v, lists, settings):
 
 
 def _run_fwd(q, k, v, lists, settings):
-  out, lse, *kept = _on_shards("forward", q, k, v, lists, (), settings)
+  out, lse, *kept = dispatch.on_shards("forward", q, k, v, lists, (), settings)
   kept = kept[0] if kept else None
   lists = without(lists, kept)
   return (out, lse, kept), (q, k, v, lists, out, lse)
 
 
+def delta(out, dout, dlse):
+  """What is taken from every dp: f32 [B, S, H]."""
+  inner = jnp.einsum(
+    "bshd,bshd->bsh", out, dout, preferred_element_type=jnp.float32
+  )
+  return inner - dlse
+
+
 def _run_bwd(settings, residuals, cotangents):
   q, k, v, lists, out, lse = residuals
   dout, dlse, _ = cotangents
-  delta = jnp.einsum(
-    "bshd,bshd->bsh", out, dout, preferred_element_type=jnp.float32
-  )
-  rest = (lse, delta - dlse, dout)
-  grads = _on_shards("backward", q, k, v, lists, rest, settings)
+  rest = (lse, delta(out, dout, dlse), dout)
+  grads = dispatch.on_shards("backward", q, k, v, lists, rest, settings)
   grads = map(partitioning.sum_like, grads, (q, k, v))
   return *grads, None
 
@@ -315,65 +203,6 @@ run.defvjp(_run_fwd, _run_bwd)
 
 def _mass(q, k, lse, lists, settings, kind):
   return xla.block_mass(q, k, lists, settings, lse, kind)
-
-
-def _check_arrays(q, k, v, mask):
-  for name, x in (("q", q), ("k", k), ("v", v)):
-    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(
-        f"{name} is {x.dtype}{list(x.shape)}; it must be floating, [batch, "
-        "sequence, heads, head_dim]."
-      )
-    if x.dtype != q.dtype:
-      raise ValueError(f"{name} has dtype {x.dtype}, q {q.dtype}; use one.")
-  if k.shape != v.shape:
-    raise ValueError(f"v has shape {v.shape}; it must be that of k, {k.shape}.")
-  b, s, h, d = q.shape
-  if (k.shape[0], k.shape[3]) != (b, d):
-    raise ValueError(
-      f"k has shape {k.shape}; with q {q.shape} its batch must be {b} and its "
-      f"head_dim {d}."
-    )
-  if k.shape[2] == 0 or h % k.shape[2]:
-    raise ValueError(
-      f"q has {h} heads and k {k.shape[2]}; the query heads must be a multiple "
-      "of the key heads."
-    )
-  if not isinstance(mask, block_mask.BlockMask):
-    raise ValueError(
-      f"mask is a {type(mask).__name__}; it must be a BlockMask "
-      "(BlockMask.from_blocks makes one of a dense table)."
-    )
-  lead_b, lead_h, nq = mask.counts.shape
-  wanted = (-(-s // mask.block_q), -(-k.shape[1] // mask.block_kv))
-  if (nq, mask.kv_blocks) != wanted:
-    raise ValueError(
-      f"mask has {nq} query blocks of {mask.block_q} and {mask.kv_blocks} key "
-      f"blocks of {mask.block_kv}; {s} queries and {k.shape[1]} keys make "
-      f"{wanted[0]} and {wanted[1]}."
-    )
-  if lead_b not in (1, b) or lead_h not in (1, h):
-    raise ValueError(
-      f"mask has leading dimensions {(lead_b, lead_h)}; they must be 1 or the "
-      f"batch {b}, and 1 or the query heads {h}."
-    )
-  if mask.level is not None and k.shape[1] % mask.block_kv:
-    raise ValueError(
-      f"k has {k.shape[1]} keys; with a mask that has level they must be a "
-      f"multiple of block_kv, {mask.block_kv}."
-    )
-
-
-def _check_integers(name, value, batch, length, default=None):
-  """int32 [B | 1, length]."""
-  value = default if value is None else jnp.asarray(value)
-  shapes = ((length,), (1, length), (batch, length))
-  if value.shape not in shapes or not jnp.issubdtype(value.dtype, jnp.integer):
-    raise ValueError(
-      f"{name} is {value.dtype}{list(value.shape)}; it must hold integers, "
-      f"[{length}] or [{batch}, {length}]."
-    )
-  return value.astype(jnp.int32).reshape(-1, length)
 
 
 def _drop_unread(mask, keys):

@@ -61,7 +61,7 @@ class Lists:
   kv_segments: jax.Array | None
 
 
-def prepare(q, k, v, mask, positions, segments, settings):
+def prepare(q, k, v, mask, positions, segments, settings, listed=None):
   """Pads and extends keys and values, and classifies every listed block.
 
   Args:
@@ -70,6 +70,7 @@ def prepare(q, k, v, mask, positions, segments, settings):
     positions: int32 ([B | 1, S], [B | 1, T]).
     segments: None or as positions.
     settings: completed here by what the mask is known to need.
+    listed: bool like the indices, by default the slots below the count.
 
   Returns:
     q, k, v of whole blocks, the Lists, and the Settings.
@@ -83,7 +84,8 @@ def prepare(q, k, v, mask, positions, segments, settings):
   q = _pad(q, pad_q, 1)
   k, v = _pad(k, pad_kv, 1), _pad(v, pad_kv, 1)
   sides = [side.pad(pad_kv) for side in sides]
-  indices, classes = mask.indices, jnp.where(mask.listed, rules.WHOLE, 0)
+  listed = mask.listed if listed is None else listed
+  indices, classes = mask.indices, jnp.where(listed, rules.WHOLE, rules.SKIP)
   members, first = mask.members, mask.kv_blocks
   if mask.level is not None:
     indices += mask.level.astype(jnp.int32) * first

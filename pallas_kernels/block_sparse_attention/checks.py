@@ -1,0 +1,153 @@
+"""Whether the arguments of a call fit each other."""
+
+import jax.numpy as jnp
+
+from pallas_kernels import block_mask
+from pallas_kernels.block_sparse_attention import lists as lists_lib
+
+BACKENDS = ("tpu", "xla", "reference")
+
+
+def check(
+  q,
+  k,
+  v,
+  mask,
+  *,
+  scale,
+  softcap,
+  sinks,
+  q_positions,
+  kv_positions,
+  q_segment_ids,
+  kv_segment_ids,
+  backend,
+  interpret,
+  skip_threshold=None,
+  block_mass=None,
+):
+  """Settings, positions, segments and sinks of a call.
+
+  Args:
+    q: as in `block_sparse_attention`; so are all the others.
+
+  Returns:
+    Settings, int32 positions ([B | 1, S], [B | 1, T]), None or segments of the
+    same shapes, None or f32 sinks [H].
+
+  Raises:
+    ValueError: naming the argument, what it got, and what it takes.
+  """
+  _arrays(q, k, v, mask)
+  b, s, h, d = q.shape
+  t = k.shape[1]
+  positions = (
+    _integers("q_positions", q_positions, b, s, jnp.arange(s)),
+    _integers("kv_positions", kv_positions, b, t, jnp.arange(t)),
+  )
+  segments = None
+  if (q_segment_ids is None) != (kv_segment_ids is None):
+    raise ValueError(
+      "q_segment_ids and kv_segment_ids must be given together; got "
+      f"{'kv' if q_segment_ids is None else 'q'}_segment_ids alone."
+    )
+  if q_segment_ids is not None:
+    segments = (
+      _integers("q_segment_ids", q_segment_ids, b, s),
+      _integers("kv_segment_ids", kv_segment_ids, b, t),
+    )
+  if sinks is not None:
+    sinks = jnp.asarray(sinks, jnp.float32)
+    if sinks.shape != (h,):
+      raise ValueError(
+        f"sinks has shape {sinks.shape}; it must be ({h},), one a query head."
+      )
+  if softcap is not None and not softcap > 0:
+    raise ValueError(f"softcap is {softcap}; it must be positive.")
+  if skip_threshold is not None and not 0 <= skip_threshold < 1:
+    raise ValueError(
+      f"skip_threshold is {skip_threshold}; it must be in [0, 1)."
+    )
+  if block_mass not in (None, "sum", "max"):
+    raise ValueError(
+      f"return_block_mass is {block_mass!r}; it takes None, 'sum' or 'max'."
+    )
+  if backend is not None and backend not in BACKENDS:
+    raise ValueError(
+      f"backend is {backend!r}; it takes None or one of {BACKENDS}."
+    )
+  if interpret and backend != "tpu":
+    raise ValueError(
+      f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
+      "kernel, so name one: backend='tpu'."
+    )
+  settings = lists_lib.Settings(
+    block_q=mask.block_q,
+    block_kv=mask.block_kv,
+    scale=d**-0.5 if scale is None else float(scale),
+    softcap=None if softcap is None else float(softcap),
+    skip_threshold=skip_threshold or None,
+    arange=q_positions is None and kv_positions is None,
+    backend=backend or "auto",
+    interpret=interpret,
+  )
+  return settings, positions, segments, sinks
+
+
+def _arrays(q, k, v, mask):
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f"{name} is {x.dtype}{list(x.shape)}; it must be floating, [batch, "
+        "sequence, heads, head_dim]."
+      )
+    if x.dtype != q.dtype:
+      raise ValueError(f"{name} has dtype {x.dtype}, q {q.dtype}; use one.")
+  if k.shape != v.shape:
+    raise ValueError(f"v has shape {v.shape}; it must be that of k, {k.shape}.")
+  b, s, h, d = q.shape
+  if (k.shape[0], k.shape[3]) != (b, d):
+    raise ValueError(
+      f"k has shape {k.shape}; with q {q.shape} its batch must be {b} and its "
+      f"head_dim {d}."
+    )
+  if k.shape[2] == 0 or h % k.shape[2]:
+    raise ValueError(
+      f"q has {h} heads and k {k.shape[2]}; the query heads must be a multiple "
+      "of the key heads."
+    )
+  if not isinstance(mask, block_mask.BlockMask):
+    raise ValueError(
+      f"mask is a {type(mask).__name__}; it must be a BlockMask "
+      "(BlockMask.from_blocks makes one of a dense table)."
+    )
+  lead_b, lead_h, nq = mask.counts.shape
+  wanted = (-(-s // mask.block_q), -(-k.shape[1] // mask.block_kv))
+  if (nq, mask.kv_blocks) != wanted:
+    raise ValueError(
+      f"mask has {nq} query blocks of {mask.block_q} and {mask.kv_blocks} key "
+      f"blocks of {mask.block_kv}; {s} queries and {k.shape[1]} keys make "
+      f"{wanted[0]} and {wanted[1]}."
+    )
+  if lead_b not in (1, b) or lead_h not in (1, h):
+    raise ValueError(
+      f"mask has leading dimensions {(lead_b, lead_h)}; they must be 1 or the "
+      f"batch {b}, and 1 or the query heads {h}."
+    )
+  if mask.level is not None and k.shape[1] % mask.block_kv:
+    raise ValueError(
+      f"k has {k.shape[1]} keys; with a mask that has level they must be a "
+      f"multiple of block_kv, {mask.block_kv}."
+    )
+
+
+def _integers(name, value, batch, length, default=None):
+  """int32 [B | 1, length]."""
+  value = default if value is None else jnp.asarray(value)
+  shapes = ((length,), (1, length), (batch, length))
+  if value.shape not in shapes or not jnp.issubdtype(value.dtype, jnp.integer):
+    raise ValueError(
+      f"{name} is {value.dtype}{list(value.shape)}; it must hold integers, "
+      f"[{length}] or [{batch}, {length}]."
+    )
+  return value.astype(jnp.int32).reshape(-1, length)
