@@ -202,13 +202,14 @@ def chosen(name: str) -> list[str]:
 
 def main(argv):
   del argv
+  names = chosen(flags.FLAGS.claim)
   cards, workdir = (
     pathlib.Path(flags.FLAGS.cards),
     pathlib.Path(flags.FLAGS.workdir),
   )
   for directory in (cards, workdir):
     directory.mkdir(parents=True, exist_ok=True)
-  for name in chosen(flags.FLAGS.claim):
+  for name in names:
     claim = claims.CLAIMS[name]
     progress = lambda arms, name=name: tqdm.tqdm(arms, desc=name, unit="arm")
     result = test(claim, range(flags.FLAGS.seeds), workdir, progress)
@@ -218,7 +219,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("claim", "all", "A name in experiments/claims.py.")
+  names = ", ".join(claims.CLAIMS)
+  flags.DEFINE_string("claim", "all", f"One of {names}, or all.")
   flags.DEFINE_integer("seeds", 10, "Paired seeds, five or more.")
   flags.DEFINE_string("workdir", "runs/fidelity", "Keeps the runs.")
   flags.DEFINE_string("cards", "docs/claims", "Where results go.")

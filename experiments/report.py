@@ -34,7 +34,7 @@ ROWS = {
   "validation_loss": ("validation loss (nats)", "{:.4f}".format),
   "validation_bits_per_byte": ("validation bits/byte", "{:.4f}".format),
   "validation_accuracy": ("validation accuracy", "{:.4f}".format),
-  "density": ("density", "{:.4f}".format),
+  "density": ("density (no embeddings, biases)", "{:.4f}".format),
   "parameters": ("parameters", _units),
   "training_flops": ("training FLOPs", _units),
   "inference_flops": ("inference FLOPs an example", _units),

@@ -58,4 +58,12 @@ def write(
 def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:
   """The summary of a finished run, or None."""
   path = pathlib.Path(workdir) / "summary.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged: {error}; where it is deleted, the next call of "
+      "experiments.train writes it again."
+    ) from error

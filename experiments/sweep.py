@@ -37,13 +37,19 @@ def main(argv):
   del argv
   if flags.FLAGS.seeds < 2:
     raise ValueError(f"--seeds takes 2 or more; got {flags.FLAGS.seeds}.")
+  stems = [pathlib.Path(config).stem for config in flags.FLAGS.configs]
+  if len(set(stems)) < len(stems):
+    raise ValueError(
+      "--configs takes files of different names, which their runs are kept "
+      f"under; got {', '.join(flags.FLAGS.configs)}."
+    )
   workdir, metric = pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.metric
   runs = {
-    pathlib.Path(config).stem: [
-      (config, seed, workdir / pathlib.Path(config).stem / str(seed))
+    stem: [
+      (config, seed, workdir / stem / str(seed))
       for seed in range(flags.FLAGS.seeds)
     ]
-    for config in flags.FLAGS.configs
+    for stem, config in zip(stems, flags.FLAGS.configs)
   }
   for run in tqdm.tqdm([*itertools.chain(*runs.values())], unit="run"):
     config, seed, directory = run

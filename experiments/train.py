@@ -30,7 +30,9 @@ def main(argv):
     for record in training.train(config, workdir, stopped=stopped):
       training.show(bar, record)
   if summary := summaries.read(workdir):
-    print(summary["layers"])
+    if summary["layers"]:
+      print("All parameters, biases and embeddings included:")
+      print(summary["layers"], end="\n\n")
     print(report.table({workdir.name: [summary]}))
   else:
     print(f"Stopped; the same command resumes the run in {workdir}.")

@@ -52,6 +52,7 @@ def train(
     if start is not None:
       like = jax.eval_shape(lambda: (params, opt_state))
       params, opt_state = checkpoints.restore(start, like, data)
+      check_records(config, workdir, start)
     metrics = workdirs.Metrics(workdir, after=-1 if start is None else start)
     stack.enter_context(metrics)
 
@@ -91,6 +92,21 @@ def train(
     step_seconds = statistics.median(seconds[1:]) if seconds[1:] else None
     state = params, opt_state
     summaries.write(workdir, config, parts, state, step_seconds)
+
+
+def check_records(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int
+) -> None:
+  """Raises ValueError where a record up to a checkpoint's step is missing."""
+  kept = {record["step"] for record in workdirs.read_metrics(workdir)}
+  for due in range(step + 1):
+    logged = due % config.log_every == 0 or due % config.eval_every == 0
+    if logged and due not in kept:
+      raise ValueError(
+        f"{workdir / 'metrics.jsonl'} has no record of step {due}, and the "
+        f"run would go on from step {step} without it; nothing was changed. "
+        "Put the file back, or begin in another directory."
+      )
 
 
 def stop_on_sigterm() -> Callable[[], bool]:

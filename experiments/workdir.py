@@ -35,9 +35,15 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Writes the config into a new work directory, or compares it with its own.
 
   Raises:
-    ValueError: the directory has a run of another config, or files of
-      another program; nothing is changed then.
+    ValueError: the directory is none, has a run of another config, or files
+      of another program; nothing is changed then.
   """
+  for directory in (workdir, workdir / "checkpoints"):
+    if directory.exists() and not directory.is_dir():
+      raise ValueError(
+        f"--workdir={workdir} cannot hold a run: {directory} is a file, and "
+        "not a directory."
+      )
   path = workdir / "config.json"
   # Through JSON: a tuple becomes a list, as it will be when read back.
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
@@ -170,9 +176,12 @@ class Checkpoints:
     try:
       return self._restore(step, like, data)
     except Exception as error:
+      older = max((s for s in self._manager.all_steps() if s < step), default=0)
+      hint = f" (if so, delete it to go on from step {older})" if older else ""
+      reason, *_ = str(error).split("\n")  # Orbax tells pages
       raise ValueError(
         f"{self.path / str(step)} is not a checkpoint of this run, or it is "
-        f"damaged; nothing was changed. {type(error).__name__}: {error}"
+        f"damaged{hint}; nothing was changed. {type(error).__name__}: {reason}"
       ) from error
 
   def _restore(self, step, like, data):

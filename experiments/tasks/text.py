@@ -46,9 +46,13 @@ def metrics(model, batch):
   return {"loss": loss, "bits_per_byte": loss / math.log(2)}
 
 
+def _hash(name: str) -> bytes:
+  return hashlib.sha256(name.encode()).digest()
+
+
 def is_validation(name: str) -> bool:
   """Whether the file of this relative path is in the validation tenth."""
-  return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
+  return _hash(name)[0] % 10 == 0
 
 
 def _files(directory: pathlib.Path, glob: str) -> Iterator[pathlib.Path]:
@@ -70,7 +74,8 @@ def read(path: str = "", glob: str = "*.py") -> tuple[np.ndarray, np.ndarray]:
 
   Args:
     path: a directory, whose files are split by a hash of their relative
-      paths; or a file, whose last tenth is for validation; or "", Python's
+      paths, at least one for each side; or a file, whose last tenth is for
+      validation, as is that of a directory's only file; or "", Python's
       standard library.
     glob: which files of a directory.
 
@@ -78,25 +83,28 @@ def read(path: str = "", glob: str = "*.py") -> tuple[np.ndarray, np.ndarray]:
     ValueError: nothing is there.
   """
   root = pathlib.Path(path or sysconfig.get_path("stdlib"))
-  if root.is_file():
-    text = np.frombuffer(root.read_bytes(), np.uint8)
-    return tuple(np.split(text, [len(text) - len(text) // 10]))
-  if not root.is_dir():
+  if not root.is_dir() and not root.is_file():
     raise ValueError(
       f"config.task.path takes a directory or a file; {str(root)!r} is none."
     )
   # Sorted by name: the order in which a file system lists is its own.
-  files = {
-    path.relative_to(root).as_posix(): path for path in _files(root, glob)
-  }
+  found = [root] if root.is_file() else _files(root, glob)
+  files = {path.relative_to(root).as_posix(): path for path in found}
   if not files:
     raise ValueError(
       f"config.task.path: {str(root)!r} holds no file that matches "
       f"config.task.glob={glob!r}."
     )
+  if len(files) == 1:
+    (path,) = files.values()
+    text = np.frombuffer(path.read_bytes(), np.uint8)
+    return tuple(np.split(text, [len(text) - len(text) // 10]))
+  validation = {name for name in files if is_validation(name)}
+  if len(validation) in (0, len(files)):  # the side without a file gets one
+    validation ^= {min(files, key=_hash)}
   split = {False: [], True: []}
   for name in sorted(files):
-    split[is_validation(name)].append(files[name].read_bytes())
+    split[name in validation].append(files[name].read_bytes())
   return _join(split[False]), _join(split[True])
 
 
@@ -125,10 +133,11 @@ def make(
     sequence_length: bytes that a sequence predicts.
     validation_batches: at most this many, spread evenly over the text.
   """
-  if sequence_length < 1:
-    raise ValueError(
-      f"config.task.sequence_length takes 1 or more; got {sequence_length}."
-    )
+  for name, value in dict(
+    sequence_length=sequence_length, validation_batches=validation_batches
+  ).items():
+    if value < 1:
+      raise ValueError(f"config.task.{name} takes 1 or more; got {value}.")
   parts = {}
   for name, part in zip(("training", "validation"), read(path, glob)):
     parts[name] = Windows(part, sequence_length)

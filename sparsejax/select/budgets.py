@@ -9,14 +9,18 @@ where its names sort so.
 
 from collections.abc import Callable, Mapping
 import math
+import numbers
 
 Shapes = Mapping[str, tuple[int, ...]]
 Budget = Callable[[Shapes, float], dict[str, float]]
 
 
-def _check(density: float) -> None:
-  if not 0 <= density <= 1:
-    raise ValueError(f"density must be in [0, 1], got {density}")
+def check_share(name: str, value: float) -> None:
+  """Raises a ValueError where `value` is not one number in [0, 1]."""
+  if not isinstance(value, numbers.Real):
+    raise ValueError(f"{name} must be a Python number in [0, 1], got {value!r}")
+  if not 0 <= value <= 1:
+    raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def _proportional(
@@ -26,7 +30,7 @@ def _proportional(
   fixed: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
   """Densities proportional to `share`, capped at 1, that meet the total."""
-  _check(density)
+  check_share("density", density)
   size = {n: math.prod(s) for n, s in shapes.items()}
   out = dict(fixed or {})
   while True:
@@ -52,7 +56,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
   >>> uniform({"a": (2, 3), "b": (4, 4)}, 0.5)
   {'a': 0.5, 'b': 0.5}
   """
-  _check(density)
+  check_share("density", density)
   return dict.fromkeys(shapes, density)
 
 

@@ -7,6 +7,7 @@ from them are exact. Any Optax schedule may be used in their place.
 
 from collections.abc import Callable, Sequence
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,8 @@ def cosine(initial: float, end: int, begin: int = 0) -> Schedule:
 
 def exponential(initial: float, rate: float, every: int = 1) -> Schedule:
   """`initial * rate ** (step / every)`."""
+  if not isinstance(every, numbers.Real) or not every > 0:
+    raise ValueError(f"every must be a number above 0, got {every!r}")
   return lambda step: initial * rate ** (step / every)
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import sharding
+from sparsejax.select import budgets
 from sparsejax.select import thresholds
 from sparsejax.select import top_k
 
@@ -121,7 +122,7 @@ class Structure:
   ) -> int:
     """Weights that a selection at `density` keeps, exactly."""
     self.check(shape, axes)
-    _check_density(density)
+    budgets.check_share("density", density)
     kept = self.group_count(shape, axes, density)
     groups = math.prod(shape) // (
       self.group_size(shape, axes) * self.unit_size(shape, axes) or 1
@@ -198,18 +199,13 @@ class Structure:
       if not isinstance(self, NM):
         raise ValueError(f"density must be given for {self}, got None")
       density = self.n / self.m
-    _check_density(density)
+    budgets.check_share("density", density)
     count = self.group_count(scores.shape, axes, density)
     if not scores.size:
       return jnp.zeros(scores.shape, bool)
     keys = thresholds.ordered_keys(self.pool(scores, axes))
     mask = self.spread(self.select(keys, count, axes), scores.shape, axes)
     return jnp.ones_like(scores, bool) & mask  # sharded as the scores are
-
-
-def _check_density(density: float) -> None:
-  if not 0 <= density <= 1:
-    raise ValueError(f"density must be in [0, 1], got {density}")
 
 
 def _check_layer_axis(name: str, axis: int, ndim: int, axes: Axes) -> None:
@@ -415,8 +411,7 @@ class ConstantFanIn(Structure):
   rigid = True
 
   def __post_init__(self):
-    if not 0 <= self.ablate <= 1:
-      raise ValueError(f"ablate must be in [0, 1], got {self.ablate}")
+    budgets.check_share("ablate", self.ablate)
 
   def check(self, shape, axes):
     if len(shape) < 2:
@@ -457,6 +452,8 @@ class ConstantFanIn(Structure):
 
 def _f32(scores: Array) -> Array:
   """Half-precision scores in f32: means are not rounded to less."""
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    raise ValueError(f"scores must be floating, got {scores.dtype}")
   return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 

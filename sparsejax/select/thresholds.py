@@ -9,6 +9,7 @@ concatenated.
 
 from collections.abc import Callable, Sequence
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -124,10 +125,10 @@ def normal_axis(axis: Axis, ndim: int) -> tuple[int, ...] | None:
   """`axis` as a tuple of nonnegative axes, or None."""
   if axis is None:
     return None
-  axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+  axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
   for a in axes:
-    if not -ndim <= a < ndim:
-      raise ValueError(f"axis must be in [{-ndim}, {ndim}), got {axis}")
+    if not isinstance(a, numbers.Integral) or not -ndim <= a < ndim:
+      raise ValueError(f"axis must be in [{-ndim}, {ndim}), got {axis!r}")
   return tuple(a % ndim for a in axes)
 
 
@@ -137,7 +138,8 @@ def check_k(k: Array | int, size: int, scalar: bool = False) -> Array | int:
     raise ValueError(
       f"scores must hold fewer than 2**31 entries to be ranked, got {size}"
     )
-  if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+  number = isinstance(k, (numbers.Number, np.ndarray, jax.Array))
+  if not number or not jnp.issubdtype(jnp.result_type(k), jnp.integer):
     raise ValueError(f"k must be an integer, got {k!r}")
   if scalar and jnp.ndim(k):
     raise ValueError(

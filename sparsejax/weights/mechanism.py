@@ -139,6 +139,12 @@ def sparsify(
     raw = paths.named(grads)[0]
     if missing := [n for n in leaves if raw.get(n) is None]:
       raise ValueError(f"grads must be a tree like params, got no {missing}")
+    for n, p in leaves.items():
+      if jnp.shape(raw[n]) != tuple(p.shape):
+        raise ValueError(
+          f"grads must have the shapes of params, got {jnp.shape(raw[n])} for "
+          f"{n!r} of shape {tuple(p.shape)}"
+        )
     if new := leaves.keys() - paths.named(state.masks)[0].keys():
       raise ValueError(
         f"opt_state is of another model: it has no masks of {sorted(new)}"

@@ -106,6 +106,20 @@ def _by_name(name: str, setting: Any, names: list[str]) -> dict[str, Any]:
   return dict.fromkeys(names, setting)
 
 
+def axes_by_name(
+  axes: AxesByPath, names: list[str]
+) -> dict[str, structures.Axes]:
+  """The dimension numbers of each parameter, by pattern or for all."""
+  for one in axes.values() if isinstance(axes, Mapping) else [axes]:
+    if not isinstance(one, structures.Axes):
+      raise ValueError(
+        "axes must be select.Axes(...), or a mapping from path patterns to "
+        f"them, got {axes!r}"
+      )
+  given = _by_name("axes", axes, names)
+  return {n: given.get(n, structures.Axes()) for n in names}
+
+
 def _rows(table: list[Any]) -> np.ndarray:
   """Rows of integers, one where all are equal."""
   rows = np.asarray(table, np.int32)
@@ -139,8 +153,7 @@ def make_plan(
     found = _by_name("structure", rule.structure, names)
     missing = structures.Unstructured()
     found = {n: (found.get(n, missing),) for n in names}
-  named_axes = _by_name("axes", axes, names)
-  at = {n: named_axes.get(n, structures.Axes()) for n in names}
+  at = axes_by_name(axes, names)
   shape = {n: tuple(params[n].shape) for n in names}
   for n in names:
     if math.prod(shape[n]) >= 2**31:
@@ -272,7 +285,12 @@ def _counts(rule, sparsity, structure, axes, shape):
     shapes = {
       slot: axes[n].layer_shape(shape[n]) for n in slots for slot in slots[n]
     }
-    density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
+    try:
+      density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
+    except ValueError as error:
+      raise ValueError(
+        f"distribution={rule.distribution!r}: {error}"
+      ) from error
     for slot in shapes:
       if not 0 <= density.get(slot, -1) <= 1:
         raise ValueError(

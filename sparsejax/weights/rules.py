@@ -18,6 +18,12 @@ Structure = structures.Structure | Mapping[str, structures.Structure]
 Stages = tuple[tuple[int, structures.Structure], ...]
 
 
+def check_step(name: str, value: int) -> None:
+  """Raises a ValueError where `value` is not an integer."""
+  if not isinstance(value, numbers.Integral):
+    raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
   """A budget, a structure, scores, a schedule and a gradient rule.
@@ -69,11 +75,8 @@ class Rule:
 
   def __post_init__(self):
     for name in ("begin", "until", "every"):
-      value = getattr(self, name)
-      if value is None and name == "until":
-        continue
-      if not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+      if name != "until" or self.until is not None:
+        check_step(name, getattr(self, name))
     if self.every < 1:
       raise ValueError(f"every must be at least 1, got {self.every}")
     if self.begin < 0:
@@ -82,6 +85,12 @@ class Rule:
       raise ValueError(f"until must not be negative, got {self.until}")
     if (self.grow is None) != (self.drop_fraction is None):
       raise ValueError("grow and drop_fraction must be given together")
+    given = self.sparsity
+    for value in given.values() if isinstance(given, Mapping) else [given]:
+      if value is not None and not callable(value):
+        budgets.check_share("sparsity", value)
+    if self.drop_fraction is not None and not callable(self.drop_fraction):
+      budgets.check_share("drop_fraction", self.drop_fraction)
     if (self.memory is None) != (self.remember is None):
       raise ValueError("memory and remember must be given together")
     if self.leak is not None and not self.dense:
@@ -97,30 +106,42 @@ class Rule:
           "backward_sparsity must come with one sparsity, got "
           f"sparsity={self.sparsity}"
         )
-      if not 0 <= self.backward_sparsity <= most:
+      budgets.check_share("backward_sparsity", self.backward_sparsity)
+      if self.backward_sparsity > most:
         raise ValueError(
           f"backward_sparsity must be in [0, sparsity={most}], got "
           f"{self.backward_sparsity}"
         )
+    shapes = self.structure
+    if not self.staged:
+      shapes = shapes.values() if isinstance(shapes, Mapping) else [shapes]
+      for shape in shapes:
+        if not isinstance(shape, structures.Structure):
+          raise ValueError(
+            "structure must be a structure such as select.NM(2, 4), or a "
+            f"mapping from path patterns to them, got {shape!r}"
+          )
     if self.staged and self.grow is not None:
       raise ValueError("stages of structures must not come with grow")
     if self.staged and not all(
-      isinstance(s, structures.NM) for _, s in self.structure
+      isinstance(stage, tuple) and isinstance(stage[-1], structures.NM)
+      for stage in self.structure
     ):
-      raise ValueError(f"stages must all be n:m, got {self.structure}")
-    given = self.sparsity
-    for value in given.values() if isinstance(given, Mapping) else [given]:
-      if value is None or callable(value):
-        continue
-      if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise ValueError(f"sparsity must be in [0, 1], got {value!r}")
+      raise ValueError(
+        "stages must all be n:m, as in ((0, NM(2, 4)), (100, NM(1, 4))), got "
+        f"{self.structure}"
+      )
     if isinstance(given, Mapping) and self.distribution is not None:
       raise ValueError(
         "distribution must not be given where sparsity is by path, got "
         f"{self.distribution!r}"
       )
-    named = isinstance(self.distribution, str)
-    if named and self.distribution not in (*budgets.BUDGETS, "global"):
+    divide = self.distribution
+    if (
+      divide is not None
+      and not callable(divide)
+      and divide not in (*budgets.BUDGETS, "global")
+    ):
       raise ValueError(
         "distribution must be a function or one of "
         f"{[*budgets.BUDGETS, 'global']}, got {self.distribution!r}"

@@ -12,6 +12,7 @@ from sparsejax import masks
 from sparsejax import paths
 from sparsejax.select import structures
 from sparsejax.select import thresholds
+from sparsejax.weights import plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,14 @@ class Summary:
   def __str__(self) -> str:
     lines = [
       f"{'parameter':<40} {'size':>12} {'active':>12} {'density':>8} "
-      f"{'churn':>7} {'explored':>8} {'dead':>6}"
+      f"{'FLOPs':>14} {'churn':>7} {'explored':>8} {'dead':>6}"
     ]
     for name, r in {**self.layers, "total": self.total}.items():
       explored = "-" if r.explored is None else f"{r.explored:.1%}"
       dead = "-" if r.dead_outputs is None else f"{r.dead_outputs}"
       lines.append(
         f"{name:<40} {r.size:>12,} {r.nonzero:>12,} {r.density:>8.2%} "
-        f"{r.churn:>7.2%} {explored:>8} {dead:>6}"
+        f"{r.flops:>14,.0f} {r.churn:>7.2%} {explored:>8} {dead:>6}"
       )
     lines.append(f"violations: {self.violations}")
     return "\n".join(lines)
@@ -85,7 +86,7 @@ def summary(
   opt_state: Any,
   params: Any,
   *,
-  axes: structures.Axes | Mapping[str, structures.Axes] = structures.Axes(),
+  axes: plans.AxesByPath = structures.Axes(),
 ) -> Summary:
   """Densities, costs and motion of the masks in an optimizer state.
 
@@ -93,7 +94,8 @@ def summary(
     opt_state: the state of any optimizer that holds a sparsifier.
     params: the parameters it is for.
     axes: dimension numbers, for all or by path pattern; they say what a neuron
-      is.
+      is. The state does not keep those of the sparsifier: give them again, or
+      the neurons of a stack's layers are counted as one layer's.
 
   Returns:
     A `Summary`. Violations are reported in it and do not raise.
@@ -107,10 +109,7 @@ def summary(
   0.25
   """
   leaves = paths.named(params)[0]
-  named_axes = dict.fromkeys(leaves, axes)
-  if isinstance(axes, Mapping):
-    named_axes = paths.matching("axes", axes, leaves)
-  at = {n: named_axes.get(n, structures.Axes()) for n in leaves}
+  at = plans.axes_by_name(axes, list(leaves))
   states = masks.states_of(opt_state, params)
   counted = jax.device_get(_count(states, leaves, at))
   rows = {n: _row(n, leaves[n], counted, at[n]) for n in leaves}
@@ -189,7 +188,7 @@ def sad(before: Any, after: Any) -> jax.Array:
     The number of flips over all leaves (int32 scalar).
 
   Raises:
-    ValueError: there are 2^31 weights or more.
+    ValueError: the trees differ, or there are 2^31 weights or more.
 
   Source: [sr-ste] Zhou et al., Learning N:M Fine-grained Structured Sparse
     Neural Networks From Scratch, sec. 3.2.
@@ -199,8 +198,13 @@ def sad(before: Any, after: Any) -> jax.Array:
   ... )
   Array(2, dtype=int32)
   """
-  size = sum(m.size for m in jax.tree.leaves(before))
+  old, new = paths.named(before)[0], paths.named(after)[0]
+  shapes, got = ({n: m.shape for n, m in t.items()} for t in (old, new))
+  if got != shapes:
+    raise ValueError(
+      f"after must be a tree like before, of shapes {shapes}, got {got}"
+    )
+  size = sum(m.size for m in old.values())
   if size >= 2**31:
     raise ValueError(f"before must hold fewer than 2**31 weights, got {size}")
-  flips = jax.tree.map(lambda a, b: a ^ b, before, after)
-  return thresholds.count(jax.tree.leaves(flips))
+  return thresholds.count([old[n] ^ new[n] for n in old])

@@ -3,9 +3,11 @@
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
+from experiments import sweep
 from experiments import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -38,6 +40,15 @@ def test_demo(tmp_path):
     assert last["density"] == pytest.approx(density, abs=1e-4)
     assert (tmp_path / name / "checkpoints" / "24").is_dir()
     assert list((tmp_path / name / "tensorboard").iterdir())
+
+
+def test_a_sweep_refuses_configs_of_one_name(tmp_path, monkeypatch):
+  configs = ["a/x.py", "b/x.py"]
+  given = types.SimpleNamespace(configs=configs, seeds=2, workdir=tmp_path)
+  monkeypatch.setattr(sweep.flags, "FLAGS", given)
+  with pytest.raises(ValueError, match=r"different names.* got a/x.py, b/x"):
+    sweep.main([])
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

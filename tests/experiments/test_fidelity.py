@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import types
 
 import pytest
 
@@ -73,6 +74,15 @@ def test_unknown_claims_and_too_few_seeds_are_refused(tmp_path):
     fidelity.chosen("none_such")
   with pytest.raises(ValueError, match=r"--seeds takes 5 or more; got 4"):
     fidelity.test(CLAIM, range(4), tmp_path)
+
+
+def test_an_unknown_claim_leaves_no_directories(tmp_path, monkeypatch):
+  cards, workdir = tmp_path / "cards", tmp_path / "runs"
+  given = types.SimpleNamespace(claim="no", cards=cards, workdir=workdir)
+  monkeypatch.setattr(fidelity.flags, "FLAGS", given)
+  with pytest.raises(ValueError, match=r"--claim takes .* got 'no'"):
+    fidelity.main([])
+  assert not list(tmp_path.iterdir())
 
 
 def test_all_stands_for_every_claim():

@@ -53,6 +53,27 @@ def test_text_splits_a_file_by_place(tmp_path):
   assert validation.tobytes() == b"0123456789"
 
 
+def test_text_gives_each_side_a_file(tmp_path):
+  names = [f"{i}.txt" for i in range(100)]
+  alike = [[n for n in names if text.is_validation(n) == v] for v in (0, 1)]
+  for of_validation, (a, b, *_) in enumerate(alike):
+    directory = tmp_path / str(of_validation)
+    directory.mkdir()
+    write(directory / a, "a")
+    write(directory / b, "b")
+    parts = [p.tobytes() for p in text.read(str(directory), "*.txt")]
+    assert sorted(parts) == [b"a\0", b"b\0"]
+
+
+def test_text_splits_an_only_file_by_place(tmp_path):
+  path = write(tmp_path / "a.txt", "0123456789" * 10)
+  for got, want in zip(
+    text.read(str(tmp_path), "*.txt"), text.read(str(path)), strict=True
+  ):
+    np.testing.assert_array_equal(got, want)
+  make_text(tmp_path)
+
+
 def test_text_windows_cover_the_text_and_share_a_byte():
   windows = text.Windows(np.arange(20, dtype=np.uint8), 8)
   assert len(windows) == 2
@@ -107,6 +128,8 @@ def test_text_refuses_what_is_not_there(tmp_path):
     make_text(short)
   with pytest.raises(ValueError, match=r"sequence_length takes 1 .* got 0"):
     make_text(short, sequence_length=0)
+  with pytest.raises(ValueError, match=r"validation_batches .* 1 .* got 0"):
+    make_text(short, validation_batches=0)
 
 
 @pytest.mark.parametrize(

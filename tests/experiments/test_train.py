@@ -135,7 +135,10 @@ def test_a_foreign_checkpoint_is_refused(finished, tmp_path):
   config = tiny(**{"model.width": 32})
   workdirs.write(workdir / "config.json", config.to_json())
   before = contents(workdir)
-  message = r"checkpoints/12 is not a checkpoint .* \(\(16,\), 'float32'\)"
+  message = (
+    r"checkpoints/12 is not a checkpoint .* delete it to go on from step 8"
+    r".* \(\(16,\), 'float32'\)"
+  )
   with pytest.raises(ValueError, match=message):
     next(training.train(config, workdir))
   assert contents(workdir) == before
@@ -151,9 +154,43 @@ def test_a_damaged_checkpoint_is_refused(damage, finished, tmp_path):
   data[len(data) // 2] ^= 16
   largest.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
   before = contents(workdir)
-  with pytest.raises(ValueError, match=r"checkpoints/12 is not a checkpoint"):
+  message = r"checkpoints/12 is not a checkpoint .* go on from step 8"
+  with pytest.raises(ValueError, match=message) as refused:
+    next(training.train(tiny(), workdir))
+  assert "\n" not in str(refused.value)
+  assert contents(workdir) == before
+  if damage == "cut":  # once: does it go on from there?
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    assert list(training.train(tiny(), workdir)) == finished[1][5:]
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+def test_metrics_that_were_cut_are_not_resumed(kept, finished, tmp_path):
+  workdir = unfinished(finished, tmp_path)
+  lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (workdir / "metrics.jsonl").write_text("".join(lines[len(lines) - kept :]))
+  before = contents(workdir)
+  with pytest.raises(ValueError, match=r"metrics.jsonl has no .* of step 0"):
     next(training.train(tiny(), workdir))
   assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints"])
+def test_a_file_in_place_of_a_directory_is_refused(name, tmp_path):
+  workdir = tmp_path / "run"
+  if name:
+    workdirs.claim(workdir, tiny())
+  (workdir / name).write_text("mine")
+  before = contents(tmp_path)
+  with pytest.raises(ValueError, match=rf"--workdir=.*run/?{name} is a file"):
+    next(training.train(tiny(), workdir))
+  assert contents(tmp_path) == before
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+  (tmp_path / "summary.json").write_text('{"step": ')
+  with pytest.raises(ValueError, match=r"summary.json is damaged"):
+    summaries.read(tmp_path)
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):

@@ -156,6 +156,110 @@ class RegressionTest(parameterized.TestCase):
     through = jax.grad(lambda p: loss(seen(p)))(params)
     np.testing.assert_array_equal(at["w"], through["w"])
 
+  @parameterized.parameters(
+    (weights.rigl, dict(until=None), "until must be an integer, got None"),
+    (weights.rigl, dict(drop_fraction="x"), "drop_fraction must .*got 'x'"),
+    (weights.rigl, dict(drop_fraction=None), "drop_fraction must .*got None"),
+    (weights.set_, dict(drop_fraction=None), "drop_fraction must .*got None"),
+    (weights.rigl, dict(structure="nm"), "structure must be .*got 'nm'"),
+    (weights.rigl, dict(structure={"w": "nm"}), "structure must .*got 'nm'"),
+    (weights.rigl, dict(structure=select.Unstructured), "structure must be"),
+    (weights.rigl, dict(distribution=3), "distribution must be .*got 3"),
+    (weights.rigl, dict(sparsity=jnp.float32(0.5)), "sparsity .*Python number"),
+    (weights.rigl, dict(axes=0), "axes must be .*got 0"),
+    (weights.rigl, dict(axes={"w": 0}), "axes must be .*got {'w': 0}"),
+    (
+      weights.rigl,
+      dict(sparsity=0.99, distribution="erk_plus"),
+      "distribution='erk_plus': density is too low",
+    ),
+  )
+  def test_arguments_of_a_wrong_type(self, make, given, message):
+    settings = dict(sparsity=0.5, key=KEY, until=200) | given
+    with pytest.raises(ValueError, match=message):
+      make(optax.sgd(0.1), **settings).init({"w": jnp.ones((8, 8))})
+
+  @parameterized.parameters(
+    (dict(until=None), "until must be an integer, got None"),
+    (dict(begin=None), "begin must be an integer, got None"),
+    (dict(sparsity={"w": 0.5}), "sparsity must be a Python number .*got {'w'"),
+    (dict(sparsity=select.constant(0.5)), "sparsity must be a Python number"),
+    (dict(initial_sparsity="x"), "initial_sparsity must .*got 'x'"),
+  )
+  def test_gradual_magnitude_takes_numbers(self, given, message):
+    settings = dict(sparsity=0.5, begin=0, until=100) | given
+    with pytest.raises(ValueError, match=message):
+      weights.gradual_magnitude(optax.sgd(0.1), **settings)
+
+  @parameterized.parameters(
+    (dict(sparsity={"w": 0.5}), "^sparsity must be a Python number .*got {'w'"),
+    (dict(backward_sparsity=None), "backward_sparsity must .*got None"),
+    (dict(decay=-1.0), "decay must be .*got -1.0"),
+  )
+  def test_top_kast_takes_numbers(self, given, message):
+    settings = dict(sparsity=0.5, backward_sparsity=0.2) | given
+    with pytest.raises(ValueError, match=message):
+      weights.top_kast(optax.sgd(0.1), **settings)
+
+  def test_nm_methods_take_numbers(self):
+    for decay in "x", -0.1, None:
+      with pytest.raises(ValueError, match="decay must be a number of 0"):
+        weights.sr_ste(optax.sgd(0.1), decay=decay)
+    for make in weights.mask_decay, weights.structure_decay:
+      with pytest.raises(ValueError, match=r"until must .*got None"):
+        make(optax.sgd(0.1), until=None)
+    for n in 9, -1:
+      with pytest.raises(ValueError, match="n must be an integer in"):
+        weights.decay_patterns(n, 8, "stepwise")
+    with pytest.raises(ValueError, match="stages must all be n:m"):
+      weights.Rule(structure=(2, 4))
+
+  def test_choices_of_a_wrong_type(self):
+    scores = jnp.ones((4, 4))
+    for k in "x", None, [1]:
+      with pytest.raises(ValueError, match="k must be an integer, got"):
+        select.top_k_mask(scores, k)
+    for axis in "x", 1.5, ("x",):
+      with pytest.raises(ValueError, match=r"axis must be in \[-2, 2\), got"):
+        select.top_k_mask(scores, 1, axis=axis)
+    for structure in select.Block((2, 2)), select.Channel():
+      with pytest.raises(ValueError, match="scores must be floating, got int"):
+        structure.mask(scores.astype(int), 0.5)
+      with pytest.raises(ValueError, match=r"density must be .* got 'x'"):
+        structure.mask(scores, "x")
+    for budget in select.BUDGETS.values():
+      with pytest.raises(ValueError, match=r"density must be .* got 'x'"):
+        budget({"w": (4, 4)}, "x")
+    for every in 0, "x":
+      with pytest.raises(ValueError, match="every must be a number above 0"):
+        select.exponential(1.0, 0.5, every)
+
+  def test_gradients_of_another_shape(self):
+    params = {"w": jnp.ones((8, 8))}
+    tx = weights.sr_ste(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"grads must .*\(8,\) for 'w'"):
+      tx.update({"w": jnp.ones(8)}, tx.init(params), params)
+
+  def test_sad_of_masks_that_differ_in_more_than_values(self):
+    mask = jnp.ones((4, 4), bool)
+    for other in {"v": mask}, {"w": mask[:1]}, {}:
+      with pytest.raises(ValueError, match="after must be a tree like before"):
+        weights.sad({"w": mask}, other)
+
+  def test_a_summary_has_flops_and_the_neurons_of_each_layer(self):
+    params = {"w": jnp.ones((3, 8, 16))}
+    mask = np.ones((3, 8, 16), bool)
+    mask[:, :, 5], mask[1, :, 6] = False, False
+    state = weights.keep_masked({"w": mask}).init(params)
+    summary = weights.summary(state, params, axes=select.Axes(stack=(0,)))
+    self.assertEqual(summary.total.outputs, 3 * 16)
+    self.assertEqual(summary.total.dead_outputs, 4)
+    head, *_, total, _ = str(summary).splitlines()
+    self.assertIn("FLOPs", head)
+    self.assertIn(f" {2 * 8 * (3 * 16 - 4)} ", total)
+    with pytest.raises(ValueError, match=r"axes must be .*got 0"):
+      weights.summary(state, params, axes=0)
+
   def test_an_empty_model(self):
     tx = weights.rigl(optax.adam(1e-3), sparsity=0.5, until=100, key=KEY)
     updates, _ = tx.update({}, tx.init({}), {})

@@ -1,11 +1,13 @@
 """Dynamic sparse training: masks that move while their size stays."""
 
 from collections.abc import Callable
+import numbers
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.select import budgets
 from sparsejax.select import schedules
 from sparsejax.select import structures
 from sparsejax.weights import mechanism
@@ -58,7 +60,7 @@ def set_(
   >>> tx = weights.set_(optax.sgd(0.1), sparsity=0.9, key=jax.random.key(0))
   """
   if not callable(drop_fraction):
-    drop_fraction = _fraction(drop_fraction)
+    budgets.check_share("drop_fraction", drop_fraction)
   rule = rules.Rule(
     sparsity=sparsity,
     distribution=distribution,
@@ -136,10 +138,12 @@ def rigl(
   >>> int((params["kernel"] != 0).sum())
   16
   """
+  rules.check_step("until", until)
   if not callable(drop_fraction):
     if until < 1:
       raise ValueError(f"until must be at least 1, got {until}")
-    drop_fraction = schedules.cosine(_fraction(drop_fraction), until)
+    budgets.check_share("drop_fraction", drop_fraction)
+    drop_fraction = schedules.cosine(drop_fraction, until)
   rule = rules.Rule(
     sparsity=sparsity,
     distribution=distribution,
@@ -321,7 +325,8 @@ def top_kast(
 
   Args:
     inner: any Optax optimizer.
-    sparsity: share of weights masked in the forward pass, in [0, 1].
+    sparsity: share of weights masked in the forward pass, one number in
+      [0, 1].
     backward_sparsity: share that receives no update, at most `sparsity`.
     every: steps between mask updates (the paper finds 100 as good as 1).
     until: the last step that may be one; None for no end.
@@ -336,18 +341,17 @@ def top_kast(
     An Optax optimizer around `inner`, with two bits of mask a weight.
 
   Raises:
-    ValueError: as `sparsify`, or a backward_sparsity above `sparsity`.
+    ValueError: as `sparsify`, backward_sparsity > sparsity, or decay < 0.
 
   Source: [top-kast] Jayakumar et al., Top-KAST: Top-K Always Sparse Training,
     sec. 2.
 
   >>> tx = weights.top_kast(optax.sgd(0.1), sparsity=0.9, backward_sparsity=0.5)
   """
-  if not 0 <= backward_sparsity <= sparsity:
-    raise ValueError(
-      f"backward_sparsity must be in [0, sparsity={sparsity}], got "
-      f"{backward_sparsity}"
-    )
+  budgets.check_share("sparsity", sparsity)
+  budgets.check_share("backward_sparsity", backward_sparsity)
+  if not isinstance(decay, numbers.Real) or not decay >= 0:
+    raise ValueError(f"decay must be a number of 0 or more, got {decay!r}")
 
   def penalized(seen):
     w = seen.param.astype(jnp.float32)
@@ -370,9 +374,3 @@ def top_kast(
   return mechanism.sparsify(
     inner, rule, where=where, axes=axes, track_explored=track_explored
   )
-
-
-def _fraction(value: float) -> float:
-  if not 0 <= value <= 1:
-    raise ValueError(f"drop_fraction must be in [0, 1], got {value}")
-  return value

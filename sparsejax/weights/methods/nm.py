@@ -1,6 +1,7 @@
 """Training under n:m patterns with dense weights behind them."""
 
 import math
+import numbers
 
 import jax.numpy as jnp
 import optax
@@ -48,13 +49,16 @@ def sr_ste(
     An Optax optimizer around `inner`.
 
   Raises:
-    ValueError: as `sparsify`, or m does not divide an axis.
+    ValueError: as `sparsify`, m does not divide an axis, or decay < 0.
 
   Source: [sr-ste] Zhou et al., Learning N:M Fine-grained Structured Sparse
     Neural Networks From Scratch, eq. (9).
 
   >>> tx = weights.sr_ste(optax.sgd(0.1), n=2, m=4)
   """
+
+  if not isinstance(decay, numbers.Real) or not decay >= 0:
+    raise ValueError(f"decay must be a number of 0 or more, got {decay!r}")
 
   def refined(seen):
     pull = jnp.where(seen.mask, 0, decay * seen.param.astype(jnp.float32))
@@ -121,6 +125,8 @@ def mask_decay(
 
   >>> tx = weights.mask_decay(optax.sgd(0.1), n=1, m=4, until=1000)
   """
+  rules.check_step("begin", begin)
+  rules.check_step("until", until)
   if until <= begin:
     raise ValueError(f"until must be after begin={begin}, got {until}")
   if kind not in ("linear", "exponential"):
@@ -195,6 +201,8 @@ def structure_decay(
   [(7, 8), (4, 8), (2, 8), (1, 8)]
   >>> tx = weights.structure_decay(optax.sgd(0.1), n=1, m=8, until=1000)
   """
+  rules.check_step("begin", begin)
+  rules.check_step("until", until)
   if until <= begin:
     raise ValueError(f"until must be after begin={begin}, got {until}")
   patterns = decay_patterns(n, m, kind)
@@ -223,9 +231,13 @@ def structure_decay(
 def decay_patterns(n: int, m: int, kind: str) -> list[tuple[int, int]]:
   """The (n, m) of each stage of `structure_decay`, ending in (n, m).
 
+  Raises:
+    ValueError: an unknown kind, or n is not in [0, m].
+
   >>> weights.decay_patterns(1, 4, "geometric")
   [(8, 32), (4, 16), (2, 8), (1, 4)]
   """
+  structures.NM(n, m)  # refuses what is no pattern
   if kind == "geometric":
     return [(f * n, f * m) for f in (8, 4, 2, 1)]
   if kind != "stepwise":

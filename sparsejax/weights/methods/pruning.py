@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from sparsejax.select import budgets
 from sparsejax.select import schedules
 from sparsejax.select import structures
 from sparsejax.weights import mechanism
@@ -84,7 +85,7 @@ def gradual_magnitude(
 
   Args:
     inner: any Optax optimizer.
-    sparsity: the final share of weights masked, in [0, 1].
+    sparsity: the final share of weights masked, one number in [0, 1].
     begin: step of the first mask update.
     until: step at which the final sparsity is reached.
     every: steps between mask updates; it must divide `until - begin`.
@@ -111,8 +112,9 @@ def gradual_magnitude(
   for name, value in dict(
     sparsity=sparsity, initial_sparsity=initial_sparsity
   ).items():
-    if not 0 <= value <= 1:
-      raise ValueError(f"{name} must be in [0, 1], got {value}")
+    budgets.check_share(name, value)
+  for name, value in dict(begin=begin, until=until, every=every).items():
+    rules.check_step(name, value)
   if every < 1:
     raise ValueError(f"every must be at least 1, got {every}")
   if until <= begin or (until - begin) % every:
