@@ -18,11 +18,18 @@ import jax
 import jax.numpy as jnp
 from tqdm import auto as tqdm
 
+from experiments.bench import attention
+from experiments.bench import schedules
 from experiments.bench import select
 from experiments.bench import timing
 from experiments.bench import weights
 
-_ROOMS = {"select": select, "weights": weights}
+_ROOMS = {
+  "select": select,
+  "weights": weights,
+  "attention": attention,
+  "schedules": schedules,
+}
 _ONLY = flags.DEFINE_multi_enum("only", None, list(_ROOMS), "Rooms to run.")
 _OUT = flags.DEFINE_string("out", None, "Where to write JSON.")
 _PEER = flags.DEFINE_multi_string("peer", [], "name=command of a peer.")
@@ -74,7 +81,7 @@ def main(argv):
       raise app.UsageError(f"--peer takes name=command, got {given!r}")
     commands[name] = command
   bandwidth = read_bandwidth()
-  results = []
+  results, facts = [], {}
   for room in _ONLY.value or _ROOMS:
     for case in tqdm.tqdm(_ROOMS[room].cases(bandwidth), room, leave=False):
       peers = {}
@@ -87,8 +94,9 @@ def main(argv):
       tqdm.tqdm.write(row(results[-1]))
       for peer in peers.values():
         peer.close()
-  bits = weights.mask_bits()
-  print("mask state: " + ", ".join(f"{v:.3f} {k}" for k, v in bits.items()))
+    for name, fact in _ROOMS[room].facts().items():
+      facts[name] = fact
+      print(f"{name}: {fact}")
   if _OUT.value:
     report = {
       "date": time.strftime("%Y-%m-%d"),
@@ -97,7 +105,7 @@ def main(argv):
       "cpus": os.cpu_count(),
       "read_bytes_per_second": bandwidth,
       "results": results,
-      "mask_state": bits,
+      "facts": facts,
     }
     pathlib.Path(_OUT.value).write_text(json.dumps(report, indent=2) + "\n")
 

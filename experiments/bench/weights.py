@@ -123,6 +123,12 @@ def cases(bandwidth: float) -> Iterator[timing.Case]:
   )
 
 
+def facts() -> dict[str, str]:
+  """The size of the mask state."""
+  bits = ", ".join(f"{bits:.3f} {kind}" for kind, bits in mask_bits().items())
+  return {"mask state": bits}
+
+
 def mask_bits() -> dict[str, float]:
   """Bits of mask state for each weight that may be masked."""
   model = nnx.eval_shape(
