@@ -82,6 +82,8 @@ class BlockMask:
       block is not repeated.
     level: None, or int8 [B | 1, H | 1, nq, C]: 0 reads the block's keys, l > 0
       the means of runs of 2**l of them, each counting 2**l times.
+    edges: None, or int32 [B | 1, Hkv | 1, E]: the lists by key block, which
+      `with_transpose` makes and the backward pass on TPU reads.
     block_q, block_kv: queries and keys of a block.
     kv_blocks: the number of key blocks there are, listed or not.
     rule: None, or a rule of `pallas_kernels.rules`: which pairs of positions of
@@ -111,13 +113,14 @@ class BlockMask:
   members: jax.Array | None
   columns: jax.Array | None
   level: jax.Array | None
+  edges: jax.Array | None
   block_q: int
   block_kv: int
   kv_blocks: int
   rule: Callable[[Any, Any], Any] | None
   max_level: int
 
-  _ARRAYS = ("indices", "counts", "members", "columns", "level")
+  _ARRAYS = ("indices", "counts", "members", "columns", "level", "edges")
   _STATIC = ("block_q", "block_kv", "kv_blocks", "rule", "max_level")
 
   def __init__(
@@ -203,6 +206,7 @@ class BlockMask:
       members=None if members is None else pack_members(members),
       columns=columns,
       level=level,
+      edges=None,
       block_q=int(block_q),
       block_kv=int(block_kv),
       kv_blocks=int(kv_blocks),
@@ -217,7 +221,8 @@ class BlockMask:
   def _replace(self, **fields):
     """A copy with other fields, which must be canonical."""
     made = object.__new__(type(self))
-    made._set(**{**vars(self), **fields})
+    stale = {"edges": None} if {"indices", "counts"} & fields.keys() else {}
+    made._set(**{**vars(self), **stale, **fields})
     return made
 
   def tree_flatten_with_keys(self):
@@ -422,9 +427,40 @@ class BlockMask:
       int32 [B | 1, H | 1, nq * C]: edges (query block * C + slot), those of
       key block 0 first, within a key block by query block; unused ones last.
     """
-    b, h, nq, capacity = self.indices.shape
+    b, h, *_ = self.indices.shape
     key = jnp.where(self.listed, self.indices, self.kv_blocks)
-    return jnp.argsort(key.reshape(b, h, nq * capacity), axis=-1, stable=True)
+    return sorted_edges(key.reshape(b, h, -1), self.kv_blocks)
+
+  def with_transpose(self, num_heads: int, num_kv_heads: int) -> "BlockMask":
+    """The mask with its lists by key block made, for many backward passes.
+
+    The backward pass on TPU needs them and makes them where they are missing.
+    A mask that many layers or steps share has them made once. They tell of
+    query blocks by number: inside a `jax.shard_map` over the queries, make them
+    of the shard.
+
+    Args:
+      num_heads: query heads of the calls.
+      num_kv_heads: key heads of the calls; the query heads of one are one list.
+
+    Returns:
+      The mask with `edges` [B | 1, Hkv | 1, H // Hkv * nq * C].
+
+    Raises:
+      ValueError: for heads that do not fit the mask or each other.
+    """
+    b, h, nq, capacity = self.indices.shape
+    _require(
+      h in (1, num_heads) and num_heads % max(num_kv_heads, 1) == 0,
+      f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; the mask has "
+      f"{h} heads, and the query heads must be a multiple of the key heads.",
+    )
+    group = num_heads // num_kv_heads
+    key = jnp.where(self.listed, self.indices, self.kv_blocks)
+    if h == 1:
+      key = jnp.broadcast_to(key, (b, group, nq, capacity))
+    key = key.reshape(b, -1, group * nq * capacity)
+    return self._replace(edges=sorted_edges(key, self.kv_blocks))
 
   def __or__(self, other: "BlockMask") -> "BlockMask":
     """Reads what either reads. Block sizes and rules must be equal."""
@@ -487,6 +523,16 @@ class BlockMask:
       members=None if members is None else pack_members(members),
       rule=rule,
     )
+
+
+def sorted_edges(key: jax.Array, end: int) -> jax.Array:
+  """A stable argsort of int32 [..., E] in [0, end], int32 [..., E]."""
+  edges = key.shape[-1]
+  if (end + 1) * edges >= 2**31:
+    return jnp.argsort(key, axis=-1, stable=True)
+  # Key and place in one number sort and compile faster than side by side.
+  packed = key * edges + jnp.arange(edges, dtype=jnp.int32)
+  return jnp.sort(packed, axis=-1) % edges
 
 
 def _bits(mask):

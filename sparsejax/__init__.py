@@ -12,8 +12,12 @@ densities, churn, dead neurons       | sparsejax.weights.summary
 exact top-k, also over a whole tree  | sparsejax.select.top_k_mask
 n:m, blocks, channels, fan-in        | sparsejax.select.NM, Block, ...
 ERK and other budgets                | sparsejax.select.erk, ...
+masks of other libraries' attention  | sparsejax.attention.formats
+pictures of masks and attention      | sparsejax.plots
 """
 
+from sparsejax import attention
+from sparsejax import plots
 from sparsejax import select
 from sparsejax import weights
 

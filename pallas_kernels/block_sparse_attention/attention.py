@@ -113,7 +113,14 @@ def block_sparse_attention(
   )
   settings, positions, segments, sinks = call
   mask = _drop_unread(mask, k.shape[1])
-  if backend == "reference":
+  if (
+    q.size == 0
+    or k.size == 0
+    or not (mask.capacity or mask.columns is not None)
+  ):
+    out, lse = with_sinks(jnp.zeros_like(q), _unread(q), sinks)
+    mass = jnp.zeros((q.shape[0], q.shape[2], *mask.indices.shape[2:]))
+  elif backend == "reference":
     out, lse, mass = reference.attention(
       q, k, v, mask, settings, positions, segments, sinks
     )
@@ -203,6 +210,11 @@ run.defvjp(_run_fwd, _run_bwd)
 
 def _mass(q, k, lse, lists, settings, kind):
   return xla.block_mass(q, k, lists, settings, lse, kind)
+
+
+def _unread(q):
+  """The log-sum-exp of rows that read nothing, f32 [B, S, H]."""
+  return jnp.full_like(q, -jnp.inf, dtype=jnp.float32, shape=q.shape[:3])
 
 
 def _drop_unread(mask, keys):

@@ -150,4 +150,4 @@ def _integers(name, value, batch, length, default=None):
       f"{name} is {value.dtype}{list(value.shape)}; it must hold integers, "
       f"[{length}] or [{batch}, {length}]."
     )
-  return value.astype(jnp.int32).reshape(-1, length)
+  return jnp.atleast_2d(value.astype(jnp.int32))

@@ -29,6 +29,7 @@ _NAMES = {
   "kv_positions": "b g t",
   "q_segments": "b nw",
   "kv_segments": "b g t",
+  "edges": "b g e",
 }
 
 
@@ -52,6 +53,7 @@ def on_shards(name, q, k, v, lists, rest, settings):
     "d": q.shape[3],
     "t": k.shape[1],
     "c": lists.indices.shape[3],
+    "e": 1 if lists.edges is None else lists.edges.shape[2],
     "m": 1 if lists.members is None else lists.members.shape[3],
   }
 
@@ -60,7 +62,10 @@ def on_shards(name, q, k, v, lists, rest, settings):
     lists_here = dataclasses.replace(
       lists, **dict(zip(present, arrays, strict=True))
     )
-    # Of a shard of the queries the positions are no indices.
+    # Of a shard of the queries the positions are no indices, and edges would
+    # tell of others.
+    if "n" in axes:
+      lists_here = dataclasses.replace(lists_here, edges=None)
     here = dataclasses.replace(
       settings, arange=settings.arange and "n" not in axes
     )

@@ -50,6 +50,7 @@ class Lists:
     kv_positions: int32 [B | 1, Hkv | 1, Tp]; padding is NOWHERE.
     q_segments: None or as q_positions.
     kv_segments: None or as kv_positions.
+    edges: None or int32 [B | 1, Hkv | 1, E]; as BlockMask's.
   """
 
   indices: jax.Array
@@ -59,6 +60,7 @@ class Lists:
   kv_positions: jax.Array
   q_segments: jax.Array | None
   kv_segments: jax.Array | None
+  edges: jax.Array | None
 
 
 def prepare(q, k, v, mask, positions, segments, settings, listed=None):
@@ -87,6 +89,8 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
   listed = mask.listed if listed is None else listed
   indices, classes = mask.indices, jnp.where(listed, rules.WHOLE, rules.SKIP)
   members, first = mask.members, mask.kv_blocks
+  # Blocks behind the keys are not in them.
+  edges = mask.edges if mask.level is None and mask.columns is None else None
   if mask.level is not None:
     indices += mask.level.astype(jnp.int32) * first
     k, v = (_pyramid(x, mask.max_level) for x in (k, v))
@@ -122,6 +126,7 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
     kv_positions,
     q_segments,
     kv_segments,
+    edges,
   )
   return q, k, v, _classify(lists, settings, k.shape[2]), settings
 

@@ -173,52 +173,48 @@ def by_key(lists, shape):
   is written. The number of steps is static, that of the worst case.
   """
   b, hkv, group = shape.batch, shape.kv_heads, shape.group
+  edges = group * shape.nq * shape.slots
   spread = lambda x: jnp.broadcast_to(
     x, (b, shape.heads, shape.nq, shape.slots)
-  ).reshape(b * hkv, -1)
+  ).reshape(b * hkv, edges)
   indices, classes = spread(lists.indices), spread(lists.classes)
-  edges = indices.shape[1]
+  if lists.edges is None:
+    key = jnp.where(classes > rules.SKIP, indices, shape.nk)
+    order = block_mask.sorted_edges(key, shape.nk)
+    key = jnp.take_along_axis(key, order, -1)
+  else:
+    order = jnp.broadcast_to(lists.edges, (b, hkv, edges)).reshape(-1, edges)
+    # Unlisted slots hold block 0 and come last.
+    key = jnp.take_along_axis(indices, order, -1)
+    key = jnp.where(key < lax.cummax(key, axis=1), shape.nk, key)
+  classes = jnp.take_along_axis(classes, order, -1)
   steps = -(-edges // shape.fuse) + shape.nk
-  key = jnp.where(
-    classes > rules.SKIP,
-    2 * indices + (classes != rules.WHOLE),
-    2 * shape.nk,
-  )
-  at = jnp.arange(edges, dtype=jnp.int32)
-  # Key and edge in one number sort and compile faster than side by side.
-  fits = (2 * shape.nk + 1) * edges < 2**31
 
-  def one(key, kv_head):
-    if fits:
-      packed = jnp.sort(key * edges + at)
-      key, order = packed // edges, packed % edges
-    else:
-      key, order = lax.sort((key, at), num_keys=1)
-    of_slot = order % shape.slots
-    head = kv_head * group + order // (shape.slots * shape.nq)
-    edge = (head << HEAD_SHIFT) + order // shape.slots % shape.nq
-    bounds = jnp.searchsorted(key, jnp.arange(2 * shape.nk + 1))
-    begin, middle, end = bounds[:-1:2], bounds[1::2], bounds[2::2]
+  def one(key, classes, order, kv_head):
+    bounds = jnp.searchsorted(key, jnp.arange(shape.nk + 1))
+    begin, end = bounds[:-1], bounds[1:]
     needed = jnp.maximum(-(-(end - begin) // shape.fuse), 1)
     stop = jnp.cumsum(needed)
     step = jnp.arange(steps)
     block = jnp.searchsorted(stop, step, side="right")
     block = jnp.minimum(block, shape.nk - 1)
     within = step - (stop - needed)[block]
-    start = begin[block] + within * shape.fuse
-    n = jnp.where(
-      step < stop[-1], jnp.clip(end[block] - start, 0, shape.fuse), 0
-    )
-    code = (1 << n) - 1 + WHOLE * (start + shape.fuse <= middle[block])
-    code = jnp.where(n > 0, code, 0)
+    places = (begin[block] + within * shape.fuse)[:, None]
+    places += jnp.arange(shape.fuse)
+    mine = (places < end[block][:, None]) & (step < stop[-1])[:, None]
+    places = jnp.clip(places, 0, jnp.maximum(end[block] - 1, 0)[:, None])
+    run = mine & (classes[places] > rules.SKIP)
+    whole = (mine & (classes[places] == rules.WHOLE)).all(-1)
+    code = (run << jnp.arange(shape.fuse)).sum(-1) + WHOLE * whole
     code += FIRST * (within == 0) + LAST * (within == needed[block] - 1)
-    places = start[:, None] + jnp.arange(shape.fuse)
-    places = jnp.minimum(places, jnp.maximum(start + n - 1, 0)[:, None])
-    places = jnp.clip(places, 0, edges - 1)
-    return block, code, edge[places], of_slot[places]
+    edge = order[places]
+    head = kv_head * group + edge // (shape.slots * shape.nq)
+    slot = edge % shape.slots
+    edge = (head << HEAD_SHIFT) + edge // shape.slots % shape.nq
+    return block, code, edge, slot
 
   kv_heads = jnp.tile(jnp.arange(hkv, dtype=jnp.int32), b)
-  found = jax.vmap(one)(key, kv_heads)
+  found = jax.vmap(one)(key, classes, order, kv_heads)
   return *(x.reshape(-1).astype(jnp.int32) for x in found), steps
 
 
@@ -492,8 +488,6 @@ def _of_rows(x, shape):
 def forward(q, k, v, lists, settings):
   """Output, natural log-sum-exp, and None; as xla.forward."""
   nq, rows, dim = lists.indices.shape[2], settings.block_q, q.shape[-1]
-  if 0 in (*q.shape, *k.shape, lists.indices.shape[-1]):
-    return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf), None
   lists, settings = _fit(lists, settings)
   lanes = -(-dim // LANES) * LANES
   q, k, v = (_widen(x, lanes) for x in (q, k, v))
@@ -575,8 +569,6 @@ def _forward(q, k, v, lists, settings):
 def backward(q, k, v, lists, lse, delta, dout, settings):
   """Gradients of q, k and v; as xla.backward."""
   nq, rows, dim = lists.indices.shape[2], settings.block_q, q.shape[-1]
-  if 0 in (*q.shape, *k.shape, lists.indices.shape[-1]):
-    return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
   lists, settings = _fit(lists, settings)
   lanes = -(-dim // LANES) * LANES
   k, v = (_widen(x, lanes) for x in (k, v))
