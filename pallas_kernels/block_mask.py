@@ -29,10 +29,13 @@ def _int_array(name: str, value, dtype=jnp.int32) -> jax.Array:
 
 
 def _power_of_two(name: str, value: int, low: int, high: int) -> None:
-  allowed = value == 1 and low == 1
-  allowed |= 16 <= value <= high and value & (value - 1) == 0
+  allowed = isinstance(value, int | np.integer)
+  allowed = allowed and (
+    (value == 1 and low == 1)
+    or (16 <= value <= high and value & (value - 1) == 0)
+  )
   _require(
-    isinstance(value, int | np.integer) and allowed,
+    allowed,
     f"{name} is {value!r}; it must be a power of two from 16 to {high}"
     + (", or 1." if low == 1 else "."),
   )
@@ -79,7 +82,7 @@ class BlockMask:
       block reads which listed block (`pack_members`).
     columns: None, or int32 [B | 1, H | 1, nq, Ct]: single keys that all queries
       of the block read besides; ascending, then -1. A key inside a listed
-      block is not repeated.
+      block is not repeated: there `members` alone say who reads it.
     level: None, or int8 [B | 1, H | 1, nq, C]: 0 reads the block's keys, l > 0
       the means of runs of 2**l of them, each counting 2**l times.
     edges: None, or int32 [B | 1, Hkv | 1, E]: the lists by key block, which
@@ -352,6 +355,9 @@ class BlockMask:
       f"indices has shape {indices.shape}; it must be [batch or 1, heads or 1, "
       "queries, blocks of a query].",
     )
+    _power_of_two("block_q", block_q, 1, 512)
+    for name, value in (("kv_blocks", kv_blocks), ("capacity", capacity)):
+      _require(value >= 1, f"{name} is {value}; it must be at least 1.")
     b, h, queries, width = indices.shape
     if counts is not None:
       counts = _int_array("counts", counts)
@@ -463,8 +469,14 @@ class BlockMask:
     return self._replace(edges=sorted_edges(key, self.kv_blocks))
 
   def __or__(self, other: "BlockMask") -> "BlockMask":
-    """Reads what either reads. Block sizes and rules must be equal."""
+    """Reads what either lists. Block sizes and rules must be equal."""
     _check_pair("|", self, other)
+    both = [m for m in (self, other) if m.members is not None]
+    _require(
+      not both or (self.columns is None and other.columns is None),
+      "| of masks with members and columns is not defined: a column inside a "
+      "block that only some queries read cannot be told.",
+    )
     _require(
       self.rule == other.rule,
       f"| of masks with the rules {self.rule} and {other.rule}: a listed block "
@@ -497,7 +509,7 @@ class BlockMask:
     )
 
   def __and__(self, other: "BlockMask") -> "BlockMask":
-    """Reads what both read; the rules are joined by `&`."""
+    """Reads what both list; the rules are joined by `&`."""
     _check_pair("&", self, other)
     _require(
       self.columns is None and other.columns is None,
@@ -567,7 +579,11 @@ def _share_lists(*masks):
     return None if x is None else jnp.broadcast_to(x, (*lead, *x.shape[2:]))
 
   return [
-    m._replace(**{name: spread(getattr(m, name)) for name in m._ARRAYS})
+    m._replace(
+      **{
+        name: spread(getattr(m, name)) for name in m._ARRAYS if name != "edges"
+      }
+    )
     for m in masks
   ]
 

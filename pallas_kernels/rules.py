@@ -56,7 +56,8 @@ class Window(Rule):
   """A query at p reads the keys at p - left to p + right, both included.
 
   Args:
-    left: how many positions before the query's own, at least 0.
+    left: how many positions before the query's own, at least 0. Positions lie
+      below 2**30 in size, and so from 2**30 on all are meant.
     right: how many after it, at least 0.
 
   Raises:
@@ -83,8 +84,9 @@ class Window(Rule):
     return (ahead >= -self.left) & (ahead <= self.right)
 
   def classify(self, q_min, q_max, k_min, k_max):
-    skip = (k_max < q_min - self.left) | (k_min > q_max + self.right)
-    whole = (k_min >= q_max - self.left) & (k_max <= q_min + self.right)
+    left, right = (min(x, 2**30) for x in (self.left, self.right))
+    skip = (k_max < q_min - left) | (k_min > q_max + right)
+    whole = (k_min >= q_max - left) & (k_max <= q_min + right)
     return _classes(skip, whole)
 
 

@@ -13,7 +13,6 @@ from pallas_kernels.block_sparse_attention import checks
 from pallas_kernels.block_sparse_attention import dispatch
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 from pallas_kernels.block_sparse_attention import reference
-from pallas_kernels.block_sparse_attention import xla
 
 
 def block_sparse_attention(
@@ -150,8 +149,14 @@ def _by_kernel(q, k, v, mask, settings, positions, segments, sinks, mass_kind):
   if mass_kind is not None:
     rows = ((0, 0), (0, queries.shape[1] - s), (0, 0))
     padded = jnp.pad(lse, rows, constant_values=jnp.inf)
-    operands = lax.stop_gradient((queries, keys, padded))
-    mass = _mass(*operands, without(lists, kept), settings, mass_kind)
+    operands = lax.stop_gradient((queries, keys, values))
+    (mass,) = dispatch.on_shards(
+      "block_mass",
+      *operands,
+      without(lists, kept),
+      (lax.stop_gradient(padded),),
+      dataclasses.replace(settings, mass=mass_kind),
+    )
     mass = mass[..., : mask.capacity]
     if mask.level is not None and mass_kind == "max":
       mass *= 2 ** mask.level.astype(jnp.int32)  # of a run, not of one key
@@ -162,8 +167,11 @@ def with_sinks(out, lse, sinks):
   """A sink only lowers all probabilities of its row alike."""
   if sinks is None:
     return out, lse
-  share = jax.nn.sigmoid(lse - sinks)
-  return (out * share[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)
+  nothing = (lse == -jnp.inf) & (sinks == -jnp.inf)
+  share = jax.nn.sigmoid(jnp.where(nothing, -jnp.inf, lse - sinks))
+  both = jnp.logaddexp(jnp.where(nothing, 0, lse), jnp.where(nothing, 0, sinks))
+  out = (out * share[..., None]).astype(out.dtype)
+  return out, jnp.where(nothing, -jnp.inf, both)
 
 
 def without(lists, kept):
@@ -206,10 +214,6 @@ def _run_bwd(settings, residuals, cotangents):
 
 
 run.defvjp(_run_fwd, _run_bwd)
-
-
-def _mass(q, k, lse, lists, settings, kind):
-  return xla.block_mass(q, k, lists, settings, lse, kind)
 
 
 def _unread(q):

@@ -72,7 +72,9 @@ def on_shards(name, q, k, v, lists, rest, settings):
     found = _choose(here, name, q, k, v, lists_here, *rest_here)
     return tuple(x for x in found if x is not None)
 
-  if name == "forward":
+  if name == "block_mass":
+    outs, summed = [_NAMES["indices"]], {}
+  elif name == "forward":
     outs, summed = [_NAMES["q"], _NAMES["lse"]], {}
     if settings.skip_threshold:
       outs.append(_NAMES["indices"])
@@ -86,6 +88,8 @@ def on_shards(name, q, k, v, lists, rest, settings):
 def _choose(settings, name, *args):
   """Runs a function of the backend asked for, or of the platform's."""
   fallback = functools.partial(getattr(xla, name), settings=settings)
+  if name == "block_mass":  # a pass of its own, by XLA everywhere
+    return fallback(*args)
   kernel = functools.partial(getattr(tpu, name), settings=settings)
   lacks = _lacks(settings)
   if settings.backend == "xla" or (settings.backend == "auto" and lacks):

@@ -27,9 +27,11 @@ class Settings:
   scale: float
   softcap: float | None = None
   skip_threshold: float | None = None
+  mass: str | None = None  # of block mass, "sum" or "max"
   rule: Any = None
   masked: bool = True  # some slot may be PARTIAL
   padded: bool = False  # some key may be at NOWHERE
+  skippable: int = 0  # slots that skip_threshold is for
   arange: bool = False  # positions are indices
   kv_len: int = 0  # keys without padding
   fuse: int | None = None  # listed blocks a step of the TPU kernel takes
@@ -46,10 +48,10 @@ class Lists:
     indices: int32 [B | 1, H | 1, nq, C].
     classes: int32 [B | 1, H | 1, nq, C], of rules.SKIP, PARTIAL, WHOLE.
     members: None or uint32 [B | 1, H | 1, nq, W, block_q].
-    q_positions: int32 [B | 1, Sp]; padding repeats the last.
+    q_positions: int32 [B | 1, Sp]; padding is NOWHERE.
     kv_positions: int32 [B | 1, Hkv | 1, Tp]; padding is NOWHERE.
-    q_segments: None or as q_positions.
-    kv_segments: None or as kv_positions.
+    q_segments: None or as q_positions; padding is 0.
+    kv_segments: None or as kv_positions; padding is 0.
     edges: None or int32 [B | 1, Hkv | 1, E]; as BlockMask's.
   """
 
@@ -101,10 +103,10 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
     indices, classes, members = _append(indices, classes, members, extra, mask)
   kv_positions = sides[0].values
   kv_segments = sides[1].values if segments is not None else None
-  q_positions = _pad(positions[0], pad_q, 1, edge=True)
+  q_positions = _pad(positions[0], pad_q, 1, fill=NOWHERE)
   q_segments = None
   if segments is not None:
-    q_segments = _pad(segments[0], pad_q, 1, edge=True)
+    q_segments = _pad(segments[0], pad_q, 1)
 
   padded = pad_kv > 0 or mask.columns is not None
   settings = dataclasses.replace(
@@ -112,6 +114,7 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
     rule=mask.rule,
     padded=padded,
     kv_len=kv_len,
+    skippable=mask.capacity,
     arange=settings.arange and mask.level is None and mask.columns is None,
     masked=mask.rule is not None
     or segments is not None
@@ -131,14 +134,10 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
   return q, k, v, _classify(lists, settings, k.shape[2]), settings
 
 
-def _pad(x, amount, axis, edge=False):
-  if amount == 0:
-    return x
+def _pad(x, amount, axis, fill=0):
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, amount)
-  return jnp.pad(
-    x, widths, mode="edge" if edge and x.shape[axis] else "constant"
-  )
+  return jnp.pad(x, widths, constant_values=fill) if amount else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +199,12 @@ def _gather_columns(mask, heads, k, v, sides, first):
 
   def extend(x):
     picked = jnp.take_along_axis(x, where, axis=1)
+    picked = jnp.where(absent, 0, picked)  # be it NaN
     return jnp.concatenate([x, picked], axis=1)
 
   missing = columns.reshape(rows.shape) < 0
+  absent = jnp.broadcast_to(missing, (b, hkv, rows.shape[-1]))
+  absent = jnp.swapaxes(absent, 1, 2)[..., None]
   extended = []
   for side in sides:
     shape = jnp.broadcast_shapes(side.values.shape[:2], rows.shape[:2])
@@ -243,8 +245,11 @@ def _classify(lists, settings, kv_heads):
   classes = lists.classes
   blocks = lambda x, size: x.reshape(*x.shape[:-1], -1, size)
 
-  def of_queries(x, reduce):  # [B | 1, 1, nq, 1]
-    return reduce(blocks(x, settings.block_q), axis=-1)[:, None, :, None]
+  def of_queries(x):  # smallest and largest, [B | 1, 1, nq, 1]
+    x, nowhere = blocks(x, settings.block_q), blocks(empty, settings.block_q)
+    low = jnp.where(nowhere, NOWHERE, x).min(-1)
+    high = jnp.where(nowhere, -NOWHERE, x).max(-1)
+    return low[:, None, :, None], high[:, None, :, None]
 
   def of_keys(x):  # [B | 1, Hkv | 1, nk] -> [B | 1, H | 1, nq, C]
     heads = lists.indices.shape[1]
@@ -261,21 +266,19 @@ def _classify(lists, settings, kv_heads):
     low = jnp.where(nowhere, NOWHERE, x).min(-1)
     return of_keys(low), of_keys(jnp.where(nowhere, -NOWHERE, x).max(-1))
 
+  empty = lists.q_positions == NOWHERE
   absent = lists.kv_positions == NOWHERE
   some_absent = of_keys(blocks(absent, settings.block_kv).any(-1))
   all_absent = of_keys(blocks(absent, settings.block_kv).all(-1))
   if settings.rule is not None:
-    q = lists.q_positions
     found = rules.classify(
       settings.rule,
-      of_queries(q, jnp.min),
-      of_queries(q, jnp.max),
+      *of_queries(lists.q_positions),
       *bounds(lists.kv_positions),
     )
     classes = jnp.minimum(classes, found)
   if lists.q_segments is not None:
-    q_low = of_queries(lists.q_segments, jnp.min)
-    q_high = of_queries(lists.q_segments, jnp.max)
+    q_low, q_high = of_queries(lists.q_segments)
     k_low, k_high = bounds(lists.kv_segments)
     apart = (k_high < q_low) | (k_low > q_high)
     one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)

@@ -1,7 +1,8 @@
 """What block-sparse attention means, with dense arrays: the definition.
 
 Every other backend is tested against this one. It forms the whole [S, T] table
-of logits and is differentiated by JAX.
+of logits and is differentiated by JAX. What a row may not read it multiplies by
+zero, so a NaN there spreads, which in other backends it does not.
 """
 
 import jax
@@ -90,7 +91,7 @@ def attention(q, k, v, mask, settings, positions, segments, sinks):
   total = weight.sum(-1)
   if sinks is not None:
     total += jnp.exp(sinks[:, None] - top)
-  some = total > 0
+  some = total != 0
   safe = jnp.where(some, total, 1)
   p = weight / safe[..., None]
   out = jnp.einsum("bhst,bthd->bshd", p, jnp.concatenate(values, 1))

@@ -538,7 +538,7 @@ def _forward(q, k, v, lists, settings):
     @pl.when(j == shape.steps - 1)
     def _():
       total = total_ref[...].sum(1, keepdims=True)
-      some = total > 0
+      some = total != 0
       safe = jnp.where(some, total, 1.0)
       inverse = jnp.where(some, 1.0 / safe, 0.0)
       out_ref[...] = (acc_ref[...] * inverse).astype(out_ref.dtype)
@@ -575,7 +575,7 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
   q, dout = (_tall(_widen(x, lanes), nq, settings.block_q) for x in (q, dout))
   shape = _Shape.of(q, k, lists, settings)
   # A row that read nothing has probabilities of zero against this.
-  lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, -NEVER)
+  lse = jnp.where(lse == -jnp.inf, -NEVER, lse * LOG2E)
   # Both statistics are one operand, [B, H, nq, 2, block_q].
   lse, delta = (
     _of_rows(_tall(x, nq, settings.block_q), shape) for x in (lse, delta)

@@ -19,7 +19,7 @@ from pallas_kernels import rules
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 
 STEP = 2**19  # numbers in the largest intermediate of a step: 2 MiB of f32
-CHUNK = 2**11  # keys of a list that are taken at once
+CHUNK = 2**9  # keys of a list that are taken at once
 
 
 def _take(x, rows):
@@ -122,8 +122,13 @@ def _over_tiles(f, carry, by_row, by_tile, shape):
 
 
 def _blocks(x, shape):
-  """[B, T, Hkv, D] -> [B * Hkv * nk, block_kv, D]."""
-  return jnp.swapaxes(x, 1, 2).reshape(-1, shape.block_kv, shape.dim)
+  """[B, T, Hkv, D] -> [B * Hkv * nk + 1, block_kv, D].
+
+  Slots that are not run read the last block, of zeros, and add to it: so what
+  lies in a block that nobody lists never matters, be it NaN.
+  """
+  blocks = jnp.swapaxes(x, 1, 2).reshape(-1, shape.block_kv, shape.dim)
+  return jnp.pad(blocks, ((0, 1), (0, 0), (0, 0)))
 
 
 def _integers(lists, settings, shape, kv_blocks):
@@ -134,9 +139,12 @@ def _integers(lists, settings, shape, kv_blocks):
   slots = lambda x: spread(jnp.pad(x, [(0, 0)] * 3 + [(0, pad)]))
   head = jnp.arange(h) // (h // hkv)
   first = (jnp.arange(b)[:, None] * hkv + head) * kv_blocks
+  classes = slots(lists.classes)
+  rows = slots(lists.indices) + first[..., None, None].astype(jnp.int32)
+  unused = b * hkv * kv_blocks
   by_tile = {
-    "rows": slots(lists.indices) + first[..., None, None].astype(jnp.int32),
-    "classes": slots(lists.classes),
+    "rows": jnp.where(classes > rules.SKIP, rows, unused),
+    "classes": classes,
   }
   if lists.members is not None:
     words = -(-shape.slots // block_mask.MEMBER_BITS)
@@ -145,17 +153,19 @@ def _integers(lists, settings, shape, kv_blocks):
       jnp.pad(lists.members, [(0, 0)] * 3 + [(0, more), (0, 0)])
     )
   by_row, by_key = {}, {}
-  rows = lambda x: jnp.broadcast_to(x[..., None], (b, x.shape[1], h))
-  keys = lambda x: jnp.broadcast_to(x, (b, hkv, x.shape[-1])).reshape(
-    -1, shape.block_kv
-  )
-  if settings.rule is not None:
-    by_row["positions"] = rows(lists.q_positions)
+  of_rows = lambda x: jnp.broadcast_to(x[..., None], (b, x.shape[1], h))
+
+  def of_keys(x):
+    x = jnp.broadcast_to(x, (b, hkv, x.shape[-1]))
+    return jnp.pad(x.reshape(-1, shape.block_kv), ((0, 1), (0, 0)))
+
+  if settings.rule is not None or settings.skip_threshold:
+    by_row["positions"] = of_rows(lists.q_positions)
   if settings.rule is not None or settings.padded:
-    by_key["positions"] = keys(lists.kv_positions)
+    by_key["positions"] = of_keys(lists.kv_positions)
   if lists.q_segments is not None:
-    by_row["segments"] = rows(lists.q_segments)
-    by_key["segments"] = keys(lists.kv_segments)
+    by_row["segments"] = of_rows(lists.q_segments)
+    by_key["segments"] = of_keys(lists.kv_segments)
   return by_row, by_tile, by_key
 
 
@@ -217,19 +227,23 @@ def _mask(s, slots, rows, by_key, settings):
   return jnp.where(ok, split, -jnp.inf).reshape(tiles, block_q, keys)
 
 
-def _skip(s, running, shape, settings):
+def _skip(s, running, positions, at, settings):
   """BLASST: logits with -inf in skipped blocks, and what was kept.
 
   Args:
     s: f32 [tiles, rows, keys], -inf where unreadable.
     running: f32 [tiles, rows, 1]: the maximum over the chunks before.
+    positions: int32 [tiles, rows], NOWHERE for rows that do not count.
+    at: the number of the first slot; those of columns are never skipped.
   """
   tiles, rows, _ = s.shape
   split = s.reshape(tiles, rows, -1, settings.block_kv)
   top = split.max(-1)
   best = jnp.maximum(lax.cummax(top, axis=2), running)
   low = (top == -jnp.inf) | (top - best < jnp.log(settings.skip_threshold))
-  kept = ~low.all(1)
+  low |= (positions == lists_lib.NOWHERE)[..., None]
+  slot = at + jnp.arange(split.shape[2])
+  kept = ~low.all(1) | (slot >= settings.skippable)
   split = jnp.where(kept[:, None, :, None], split, -jnp.inf)
   return split.reshape(s.shape), kept
 
@@ -262,13 +276,13 @@ def forward(q, k, v, lists, settings):
   by_row, by_tile, by_key = _integers(lists, settings, shape, kv_blocks)
   by_row["q"] = q
 
-  def attend(q, rows, slots, running, cut):
+  def attend(q, rows, slots, running, at, cut):
     s, _ = _scores(q, _pick(keys, slots["rows"]), settings)
     kept = slots["classes"] > rules.SKIP
     if cut:
       s = _mask(s, slots, rows, by_key, settings)
     if settings.skip_threshold:
-      s, kept = _skip(s, running, shape, settings)
+      s, kept = _skip(s, running, rows["positions"], at, settings)
     top = s.max(-1, keepdims=True)
     if cut or settings.skip_threshold:
       top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # not -inf
@@ -287,13 +301,14 @@ def forward(q, k, v, lists, settings):
     scaled = rows["q"].astype(jnp.float32) * settings.scale
     low = jnp.full_like(scaled[..., :1], -jnp.inf)
     if shape.chunk == shape.slots:
-      found = either(scaled, rows, _chunk_of(tiles, 0, shape), low)
+      found = either(scaled, rows, _chunk_of(tiles, 0, shape), low, 0)
       acc, top, total, kept = found
     else:
 
       def chunk(at, state):
         acc, top, total, kept = state
-        found = either(scaled, rows, _chunk_of(tiles, at, shape), top)
+        slots = _chunk_of(tiles, at, shape)
+        found = either(scaled, rows, slots, top, at * shape.chunk)
         best = jnp.maximum(top, found[1])
         old, new = jnp.exp(top - best), jnp.exp(found[1] - best)
         acc = acc * old + found[0] * new
@@ -312,7 +327,7 @@ def forward(q, k, v, lists, settings):
       acc, top, total, kept = lax.fori_loop(
         0, _chunks(tiles["classes"], shape), chunk, state
       )
-    some = total > 0
+    some = total != 0
     safe = jnp.where(some, total, 1)
     out = (acc / safe).astype(q.dtype)
     lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)[..., 0]
@@ -345,7 +360,7 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
   keys, values = _blocks(k, shape), _blocks(v, shape)
   kv_blocks = k.shape[1] // shape.block_kv
   by_row, by_tile, by_key = _integers(lists, settings, shape, kv_blocks)
-  lse = jnp.where(jnp.isfinite(lse), lse, 0)  # such rows have no logit
+  lse = jnp.where(lse == -jnp.inf, 0, lse)  # such rows have no logit
   by_row |= {"q": q, "dout": dout, "lse": lse, "delta": delta}
 
   def differentiate(scaled, dout, rows, slots, cut):
@@ -399,19 +414,22 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
 
   def unblock(x, like):
     b, t, h, d = like.shape
-    return jnp.swapaxes(x.reshape(b, h, t, d), 1, 2).astype(like.dtype)
+    return jnp.swapaxes(x[:-1].reshape(b, h, t, d), 1, 2).astype(like.dtype)
 
   return rows["dq"], unblock(dk, k), unblock(dv, v)
 
 
-def block_mass(q, k, lists, settings, lse, kind):
-  """Sum or maximum of the probability of each listed block, f32 [B, H, nq, C].
+def block_mass(q, k, v, lists, lse, settings):
+  """Sum or maximum of the probability of each listed block.
 
   Args:
-    q: as in `forward`; so are k, lists and settings.
+    q: as in `forward`; so are k, v (which is not read), lists and settings.
     lse: f32 [B, Sp, H], +inf for rows that do not count.
-    kind: "sum" or "max".
+
+  Returns:
+    f32 [B, H, nq, C], alone in a tuple.
   """
+  del v
   q, k, lists, lse = partitioning.vary_alike(q, k, lists, lse)
   shape = _Shape.of(q, k, lists, settings)
   keys = _blocks(k, shape)
@@ -428,7 +446,7 @@ def block_mass(q, k, lists, settings, lse, kind):
       s = _mask(s, slots, rows, by_key, settings)
       p = jnp.exp(s - rows["lse"][..., None])
       p = p.reshape(*p.shape[:2], -1, shape.block_kv)
-      part = p.sum((1, 3)) if kind == "sum" else p.max((1, 3))
+      part = p.sum((1, 3)) if settings.mass == "sum" else p.max((1, 3))
       return lax.dynamic_update_slice_in_dim(mass, part, at * shape.chunk, 1)
 
     mass = jnp.zeros_like(tiles["classes"], dtype=jnp.float32)
@@ -436,4 +454,4 @@ def block_mass(q, k, lists, settings, lse, kind):
     return carry, {}, {"mass": lax.fori_loop(0, count, chunk, mass)}
 
   _, _, tiles = _over_tiles(tile, None, by_row, by_tile, shape)
-  return tiles["mass"][..., : lists.indices.shape[-1]]
+  return (tiles["mass"][..., : lists.indices.shape[-1]],)
