@@ -8,6 +8,8 @@ This package depends on jax and numpy alone, never on sparsejax.
   which blocks a query reads       BlockMask                block_mask.py
   causal, window, your own         Causal, Window           rules.py
   compiling for absent hardware    aot.compile_for          aot.py
+  what a mask costs                costs.cost               costs.py
+  what each backend can do         features.matrix          features.py
 """
 
 from pallas_kernels.block_mask import BlockMask

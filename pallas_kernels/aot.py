@@ -397,7 +397,7 @@ def compile_for(
     fn: A function, jitted or not. Of a jitted one static and donated arguments
       are kept; shardings that `jax.jit` was given are not seen, so give them
       here. Host callbacks, `jax.debug.print` too, cannot be compiled so.
-    *avals: Its arguments: trees of arrays or `jax.ShapeDtypeStruct`s. Only
+    avals: Its arguments: trees of arrays or of `jax.ShapeDtypeStruct`. Only
       shapes, dtypes and shardings are read. What is no array is a constant.
     target: "v5e:2x2", "v5p:2x2x1", "v6e:16x16" (a slice of any size that there
       is), "h100" or "h100:8" (80 GB, SXM).
@@ -406,8 +406,8 @@ def compile_for(
       axes count, and its devices are replaced by the target's. It is the
       context's mesh while `fn` is traced, so `jax.shard_map` needs no mesh; one
       that names its mesh takes it from `make_mesh`.
-    in_shardings: In place of the avals' own: a tree of `NamedSharding`s, or of
-      `PartitionSpec`s on `mesh`, as in `jax.jit`. Arrays for which neither
+    in_shardings: In place of the avals' own: a tree of `NamedSharding`, or of
+      `PartitionSpec` on `mesh`, as in `jax.jit`. Arrays for which neither
       says anything are replicated.
     out_shardings: The same for the results; where nothing is said the compiler
       chooses.
