@@ -28,8 +28,19 @@ def _int_array(name: str, value, dtype=jnp.int32) -> jax.Array:
   return value.astype(dtype)
 
 
+def _is_integer(value) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _at_least(name: str, value, least: int) -> None:
+  _require(
+    _is_integer(value) and value >= least,
+    f"{name} is {value!r}; it must be an integer of at least {least}.",
+  )
+
+
 def _power_of_two(name: str, value: int, low: int, high: int) -> None:
-  allowed = isinstance(value, int | np.integer)
+  allowed = _is_integer(value)
   allowed = allowed and (
     (value == 1 and low == 1)
     or (16 <= value <= high and value & (value - 1) == 0)
@@ -142,9 +153,9 @@ class BlockMask:
   ):
     _power_of_two("block_q", block_q, 1, 512)
     _power_of_two("block_kv", block_kv, 16, 512)
-    _require(
-      kv_blocks >= 0, f"kv_blocks is {kv_blocks}; it cannot be negative."
-    )
+    _at_least("kv_blocks", kv_blocks, 0)
+    if max_level is not None:
+      _at_least("max_level", max_level, 0)
     if rule is not None:
       hash(rule)
       _require(callable(rule), f"rule is {rule!r}; it must be callable.")
@@ -288,8 +299,9 @@ class BlockMask:
     needed = int(counts.max(initial=0)) if concrete else kv_blocks
     if capacity is None:
       capacity = max(needed, 1)
+    _at_least("capacity", capacity, 1)
     _require(
-      capacity >= 1 and not (concrete and capacity < needed),
+      not (concrete and capacity < needed),
       f"capacity is {capacity}; the fullest list holds {needed} blocks.",
     )
     order = jnp.argsort(~blocks, axis=-1, stable=True)[..., :capacity]
@@ -356,8 +368,8 @@ class BlockMask:
       "queries, blocks of a query].",
     )
     _power_of_two("block_q", block_q, 1, 512)
-    for name, value in (("kv_blocks", kv_blocks), ("capacity", capacity)):
-      _require(value >= 1, f"{name} is {value}; it must be at least 1.")
+    _at_least("kv_blocks", kv_blocks, 1)
+    _at_least("capacity", capacity, 1)
     b, h, queries, width = indices.shape
     if counts is not None:
       counts = _int_array("counts", counts)
@@ -433,9 +445,8 @@ class BlockMask:
       int32 [B | 1, H | 1, nq * C]: edges (query block * C + slot), those of
       key block 0 first, within a key block by query block; unused ones last.
     """
-    b, h, *_ = self.indices.shape
-    key = jnp.where(self.listed, self.indices, self.kv_blocks)
-    return sorted_edges(key.reshape(b, h, -1), self.kv_blocks)
+    heads = self.counts.shape[1]
+    return self.with_transpose(heads, heads).edges
 
   def with_transpose(self, num_heads: int, num_kv_heads: int) -> "BlockMask":
     """The mask with its lists by key block made, for many backward passes.
@@ -469,7 +480,10 @@ class BlockMask:
     return self._replace(edges=sorted_edges(key, self.kv_blocks))
 
   def __or__(self, other: "BlockMask") -> "BlockMask":
-    """Reads what either lists. Block sizes and rules must be equal."""
+    """Reads what either lists. Block sizes and rules must be equal.
+
+    What the capacity of one of them dropped is not known to the union.
+    """
     _check_pair("|", self, other)
     both = [m for m in (self, other) if m.members is not None]
     _require(
@@ -520,7 +534,7 @@ class BlockMask:
     same &= right.listed[..., None, :]
     members = None
     if left.members is not None or right.members is not None:
-      theirs = (same[..., None] & _bits(right)[..., None, :, :]).any(-2)
+      theirs = _joined(same, _bits(right))
       members = _bits(left) & theirs
     indices, counts, members, _ = _canonical(
       left.indices, left.listed & same.any(-1), self.kv_blocks, members, None
@@ -605,7 +619,7 @@ def _canonical(indices, valid, kv_blocks, members, level):
   key = jnp.where(valid, indices, kv_blocks)
   if members is not None:
     same = (key[..., :, None] == key[..., None, :]) & valid[..., None]
-    members = (same[..., None] & members[..., None, :, :]).any(-2)
+    members = _joined(same, members)
   if members is None and level is None:
     key = jnp.sort(key, axis=-1)
     key = jnp.sort(_without_repetition(key, kv_blocks), axis=-1)
@@ -625,6 +639,20 @@ def _canonical(indices, valid, kv_blocks, members, level):
     level = jnp.where(listed, level, 0)
   counts = listed.sum(-1, dtype=jnp.int32)
   return jnp.where(listed, key, 0), counts, members, level
+
+
+def _joined(same, bits):
+  """bool [..., C, block_q]: whether any slot that is the same has the bit.
+
+  Args:
+    same: bool [..., C, D].
+    bits: bool [..., D, block_q].
+  """
+  same, bits = (x.astype(jnp.bfloat16) for x in (same, bits))
+  count = jnp.einsum(
+    "...cd,...dr->...cr", same, bits, preferred_element_type=jnp.float32
+  )
+  return count > 0
 
 
 def _without_repetition(key, nothing):

@@ -2,6 +2,7 @@
 
 A rule is any hashable callable `rule(q_position, k_position) -> bool` on
 broadcasting int32 arrays; make it once, since a new function is a new program.
+It may hold numbers, but no arrays (segment ids are for documents).
 It may offer `classify(q_min, q_max, k_min, k_max)`, which says of a whole
 tile of positions whether no pair, some pairs or all pairs may be read. Without
 it every listed block is masked element by element.
@@ -20,7 +21,8 @@ SKIP, PARTIAL, WHOLE = (
 )  # ordered: `&` takes the minimum, `|` the maximum
 
 
-def _classes(skip: jax.Array, whole: jax.Array) -> jax.Array:
+def classes(skip: jax.Array, whole: jax.Array) -> jax.Array:
+  """The classes of tiles of which these are true."""
   return jnp.where(skip, SKIP, jnp.where(whole, WHOLE, PARTIAL))
 
 
@@ -48,7 +50,7 @@ class Causal(Rule):
     return jnp.greater_equal(q_position, k_position)
 
   def classify(self, q_min, q_max, k_min, k_max):
-    return _classes(q_max < k_min, q_min >= k_max)
+    return classes(q_max < k_min, q_min >= k_max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +58,7 @@ class Window(Rule):
   """A query at p reads the keys at p - left to p + right, both included.
 
   Args:
-    left: how many positions before the query's own, at least 0. Positions lie
-      below 2**30 in size, and so from 2**30 on all are meant.
+    left: how many positions before the query's own, at least 0.
     right: how many after it, at least 0.
 
   Raises:
@@ -74,20 +75,22 @@ class Window(Rule):
 
   def __post_init__(self):
     for name in ("left", "right"):
-      if getattr(self, name) < 0:
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 0:
         raise ValueError(
-          f"{name} is {getattr(self, name)}; it must be at least 0."
+          f"{name} is {value!r}; it must be an integer of at least 0."
         )
+      # Differences of positions reach this, and int32 no further.
+      object.__setattr__(self, name, min(value, 2**31 - 1))
 
   def __call__(self, q_position, k_position):
     ahead = jnp.subtract(k_position, q_position)
     return (ahead >= -self.left) & (ahead <= self.right)
 
   def classify(self, q_min, q_max, k_min, k_max):
-    left, right = (min(x, 2**30) for x in (self.left, self.right))
-    skip = (k_max < q_min - left) | (k_min > q_max + right)
-    whole = (k_min >= q_max - left) & (k_max <= q_min + right)
-    return _classes(skip, whole)
+    skip = (q_min - k_max > self.left) | (k_min - q_max > self.right)
+    whole = (q_max - k_min <= self.left) & (k_max - q_min <= self.right)
+    return classes(skip, whole)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,8 +62,11 @@ def test_table_names_what_exists(row):
 @needs_library
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_name_what_exists(page):
-  for module in re.findall(r"python -m (experiments[\w.]*)", page.read_text()):
-    assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+  commands = r"python -m ((?:experiments|pallas_kernels)\.[\w.]*\w)"
+  for module in re.findall(commands, page.read_text()):
+    path = ROOT / module.replace(".", "/")
+    run = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert run.exists(), module
   for path in re.findall(r"\bconfigs/[a-z]\w*\.py", page.read_text()):
     assert (ROOT / path).exists(), path
 

@@ -53,7 +53,7 @@ def block_sparse_attention(
     sinks: None, or f32 [H]: a further logit a head, in the denominator of the
       softmax alone.
     q_positions: int32 [S] or [B, S], default arange(S): what the rule of the
-      mask sees.
+      mask sees. Below 2**30 in size; others are clipped.
     kv_positions: int32 [T] or [B, T], default arange(T).
     q_segment_ids: None, or int32 [S] or [B, S]: a query reads only keys of its
       own segment.
@@ -63,7 +63,8 @@ def block_sparse_attention(
       the tile. At 0 nothing is.
     return_lse: also return the log-sum-exp of each row's logits (and its sink).
     return_block_mass: None, "sum" or "max": also return the sum or maximum of
-      the probabilities in each listed block, without a gradient.
+      the probabilities in each listed block, without a gradient. This is a
+      pass of its own in plain XLA, whatever the backend.
     backend: None chooses by platform: "tpu" (Pallas) on TPU, "xla" elsewhere.
       "reference" is the dense definition. A backend named here runs or raises.
     interpret: run the Pallas kernel in the interpreter, on any platform: True,
@@ -127,7 +128,15 @@ def block_sparse_attention(
     out = out.astype(q.dtype)
   else:
     out, lse, mass = _by_kernel(
-      q, k, v, mask, settings, positions, segments, sinks, return_block_mass
+      q,
+      k,
+      v,
+      mask,
+      positions,
+      segments,
+      sinks,
+      settings=settings,
+      mass_kind=return_block_mass,
     )
   found = (out,)
   if return_lse:
@@ -137,7 +146,11 @@ def block_sparse_attention(
   return found if len(found) > 1 else out
 
 
-def _by_kernel(q, k, v, mask, settings, positions, segments, sinks, mass_kind):
+# Jitted, so that a call outside of jit does not trace its loops again.
+@functools.partial(jax.jit, static_argnames=("settings", "mass_kind"))
+def _by_kernel(
+  q, k, v, mask, positions, segments, sinks, *, settings, mass_kind
+):
   """Prepares, runs the kernel, and applies what is simple after it."""
   s = q.shape[1]
   queries, keys, values, lists, settings = lists_lib.prepare(

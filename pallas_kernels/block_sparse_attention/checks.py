@@ -1,5 +1,6 @@
 """Whether the arguments of a call fit each other."""
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import block_mask
@@ -45,6 +46,8 @@ def check(
     _integers("q_positions", q_positions, b, s, jnp.arange(s)),
     _integers("kv_positions", kv_positions, b, t, jnp.arange(t)),
   )
+  far = lists_lib.FAR
+  positions = tuple(jnp.clip(x, 1 - far, far - 1) for x in positions)
   segments = None
   if (q_segment_ids is None) != (kv_segment_ids is None):
     raise ValueError(
@@ -86,7 +89,7 @@ def check(
     block_kv=mask.block_kv,
     scale=d**-0.5 if scale is None else float(scale),
     softcap=None if softcap is None else float(softcap),
-    skip_threshold=skip_threshold or None,
+    skip_threshold=float(skip_threshold) if skip_threshold else None,
     arange=q_positions is None and kv_positions is None,
     backend=backend or "auto",
     interpret=interpret,
@@ -121,6 +124,14 @@ def _arrays(q, k, v, mask):
       f"mask is a {type(mask).__name__}; it must be a BlockMask "
       "(BlockMask.from_blocks makes one of a dense table)."
     )
+  if mask.rule is not None:
+    at = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    held = jax.make_jaxpr(mask.rule)(at, at).consts
+    if held:
+      raise ValueError(
+        f"mask has a rule that holds arrays, {[x.shape for x in held]}; it may "
+        "hold numbers only (segment ids tell documents apart)."
+      )
   lead_b, lead_h, nq = mask.counts.shape
   wanted = (-(-s // mask.block_q), -(-k.shape[1] // mask.block_kv))
   if (nq, mask.kv_blocks) != wanted:
@@ -134,6 +145,14 @@ def _arrays(q, k, v, mask):
       f"mask has leading dimensions {(lead_b, lead_h)}; they must be 1 or the "
       f"batch {b}, and 1 or the query heads {h}."
     )
+  if mask.edges is not None:
+    width = h // k.shape[2] * nq * mask.capacity
+    if mask.edges.shape[2] != width:
+      raise ValueError(
+        f"mask has edges of {mask.edges.shape}; {h} query and {k.shape[2]} key "
+        f"heads need {width}. Make them by mask.with_transpose({h}, "
+        f"{k.shape[2]})."
+      )
   if mask.level is not None and k.shape[1] % mask.block_kv:
     raise ValueError(
       f"k has {k.shape[1]} keys; with a mask that has level they must be a "

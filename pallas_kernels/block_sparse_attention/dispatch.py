@@ -10,10 +10,13 @@ from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
 
 
-def _lacks(settings):
+def _lacks(q, k, lists, settings):
   """What the TPU kernel cannot do of a call, or None."""
   if settings.skip_threshold:
     return "skip_threshold"
+  taken = tpu.smem_bytes(q, k, lists, settings)
+  if q.size and k.size and taken > tpu.SMEM:
+    return f"room for lists of {taken} bytes (SMEM holds {tpu.SMEM})"
   return None
 
 
@@ -35,6 +38,8 @@ _NAMES = {
 
 def on_shards(name, q, k, v, lists, rest, settings):
   """A function of the chosen backend, on the shards of its arguments."""
+  # The branches of a choice must vary alike, whatever they read.
+  q, k, v, lists, rest = partitioning.vary_alike(q, k, v, lists, rest)
   present = {
     field.name: getattr(lists, field.name)
     for field in dataclasses.fields(lists)
@@ -91,7 +96,7 @@ def _choose(settings, name, *args):
   if name == "block_mass":  # a pass of its own, by XLA everywhere
     return fallback(*args)
   kernel = functools.partial(getattr(tpu, name), settings=settings)
-  lacks = _lacks(settings)
+  lacks = _lacks(args[0], args[1], args[3], settings)
   if settings.backend == "xla" or (settings.backend == "auto" and lacks):
     return fallback(*args)
   if settings.backend == "tpu":

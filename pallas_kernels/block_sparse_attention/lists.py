@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import block_mask
 from pallas_kernels import rules
 
-NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a key that is padding
+NOWHERE = jnp.iinfo(jnp.int32).max  # the position of what is padding
+FAR = 2**30  # beyond all positions, and their differences fit int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Lists:
 
   Attributes:
     indices: int32 [B | 1, H | 1, nq, C].
-    classes: int32 [B | 1, H | 1, nq, C], of rules.SKIP, PARTIAL, WHOLE.
+    classes: int32 [B | 1, H | 1, nq, C], of rules.SKIP, PARTIAL, WHOLE; by
+      batch and head also where only positions or segments are.
     members: None or uint32 [B | 1, H | 1, nq, W, block_q].
     q_positions: int32 [B | 1, Sp]; padding is NOWHERE.
     kv_positions: int32 [B | 1, Hkv | 1, Tp]; padding is NOWHERE.
@@ -226,8 +229,6 @@ def _append(indices, classes, members, extra, mask):
   extra = jnp.broadcast_to(extra, (*lead, extra.shape[-1]))
   if members is not None:
     # Every query of the block reads the columns.
-    from pallas_kernels import block_mask
-
     bits = block_mask.unpack_members(members, indices.shape[-1])
     more = jnp.ones((*extra.shape, mask.block_q), bool)
     members = block_mask.pack_members(jnp.concatenate([bits, more], -2))
@@ -247,8 +248,8 @@ def _classify(lists, settings, kv_heads):
 
   def of_queries(x):  # smallest and largest, [B | 1, 1, nq, 1]
     x, nowhere = blocks(x, settings.block_q), blocks(empty, settings.block_q)
-    low = jnp.where(nowhere, NOWHERE, x).min(-1)
-    high = jnp.where(nowhere, -NOWHERE, x).max(-1)
+    low = jnp.where(nowhere, FAR, x).min(-1)
+    high = jnp.where(nowhere, -FAR, x).max(-1)
     return low[:, None, :, None], high[:, None, :, None]
 
   def of_keys(x):  # [B | 1, Hkv | 1, nk] -> [B | 1, H | 1, nq, C]
@@ -263,8 +264,8 @@ def _classify(lists, settings, kv_heads):
   def bounds(x):
     """The smallest and largest value of each key block, without padding."""
     x, nowhere = blocks(x, settings.block_kv), blocks(absent, settings.block_kv)
-    low = jnp.where(nowhere, NOWHERE, x).min(-1)
-    return of_keys(low), of_keys(jnp.where(nowhere, -NOWHERE, x).max(-1))
+    low = jnp.where(nowhere, FAR, x).min(-1)
+    return of_keys(low), of_keys(jnp.where(nowhere, -FAR, x).max(-1))
 
   empty = lists.q_positions == NOWHERE
   absent = lists.kv_positions == NOWHERE
@@ -282,11 +283,9 @@ def _classify(lists, settings, kv_heads):
     k_low, k_high = bounds(lists.kv_segments)
     apart = (k_high < q_low) | (k_low > q_high)
     one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-    found = jnp.where(apart, rules.SKIP, jnp.where(one, 2, 1))
-    classes = jnp.minimum(classes, found)
+    classes = jnp.minimum(classes, rules.classes(apart, one))
   if settings.padded:
-    found = jnp.where(all_absent, rules.SKIP, jnp.where(some_absent, 1, 2))
-    classes = jnp.minimum(classes, found)
+    classes = jnp.minimum(classes, rules.classes(all_absent, ~some_absent))
   if lists.members is not None:
     classes = jnp.minimum(classes, rules.PARTIAL)
   return dataclasses.replace(lists, classes=classes)

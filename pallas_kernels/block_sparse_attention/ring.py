@@ -89,6 +89,10 @@ def ring_attention(
     ...   jax.jit(attend)(q, q, q, mask).shape
     (1, 64, 2, 8)
   """
+  if backend == "reference":
+    raise ValueError(
+      "backend is 'reference'; a ring takes None, 'tpu' or 'xla'."
+    )
   shards = lax.axis_size(axis_name)
   s, t = q.shape[1], k.shape[1]
   if s % mask.block_q or t % mask.block_kv:
@@ -119,7 +123,7 @@ def ring_attention(
     else kv_positions,
     q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids,
-    backend="xla" if backend == "reference" else backend,
+    backend=backend,
     interpret=interpret,
   )
   settings, positions, segments, sinks = call

@@ -1,10 +1,9 @@
 """Block-sparse attention on TPU in Pallas: forward, dq, and dk with dv.
 
 The lists lie in SMEM, where the index maps of K and V read them. A grid step
-takes
-`fuse` listed blocks at once, each an operand of its own, so that small blocks
-fill the MXU as large ones do. Each kernel has two bodies: for steps whose
-blocks are all whole, and for the others, which are masked.
+takes `fuse` listed blocks at once, each an operand of its own, so that small
+blocks fill the MXU as large ones do. Each kernel has two bodies: for steps
+whose blocks are all whole, and for the others, which are masked.
 
 Arrays are [batch, sequence, heads * head_dim] in HBM: a head is a column block,
 and nothing is transposed there. Row statistics are [..., 1, block_q] in HBM and
@@ -35,6 +34,7 @@ FUSED_KEYS = 512
 MAX_FUSE = 8
 WHOLE = 1 << 8  # a step's code: a bit a block that is run, and these flags
 FIRST, LAST = 1 << 9, 1 << 10  # of the steps of one key block, in dk and dv
+SMEM = 2**20 - 2**16  # bytes that prefetched lists may take
 HEAD_SHIFT = 20  # an edge of dk and dv: query head << 20 | query block
 f32 = jnp.float32
 
@@ -112,7 +112,7 @@ class _Shape:
   @classmethod
   def of(cls, q, k, lists, settings):
     b, s, h, d = q.shape
-    list_b, list_h, nq, slots = lists.indices.shape
+    list_b, list_h, nq, slots = lists.classes.shape
     fuse = settings.fuse or min(FUSED_KEYS // settings.block_kv, MAX_FUSE)
     least = max(LANES // settings.block_kv, 1)
     while fuse > least and fuse >= 2 * slots:
@@ -137,6 +137,24 @@ class _Shape:
 # every row would be padded in SMEM.
 
 
+def smem_bytes(q, k, lists, settings) -> int:
+  """What the prefetched lists of the larger pass take."""
+  shape = _Shape.of(q, k, lists, settings)
+  tiles = shape.list_batch * shape.list_heads * shape.nq
+  by_query = tiles * shape.steps * (shape.fuse + 1)
+  fuse = _fused_queries(settings)
+  edges = shape.group * shape.nq * shape.slots
+  steps = -(-edges // fuse) + shape.nk
+  lists_of_a_step = 2 + fuse * (2 if lists.members is not None else 1)
+  by_key = shape.batch * shape.kv_heads * steps * lists_of_a_step
+  return 4 * max(by_query, by_key)
+
+
+def _fused_queries(settings) -> int:
+  """Edges that a step of dk and dv takes: small tiles fill the lanes."""
+  return settings.fuse or max(min(FUSED_KEYS // settings.block_q, MAX_FUSE), 1)
+
+
 def by_query(lists, shape):
   """Flat (blocks, codes) for the forward and dq kernels.
 
@@ -144,7 +162,8 @@ def by_query(lists, shape):
   Whole blocks come first, so that few steps need a mask; with members the order
   stays, since their bits are counted by slot.
   """
-  indices, classes = lists.indices, lists.classes
+  classes = lists.classes  # of more batches and heads than a shared list
+  indices = jnp.broadcast_to(lists.indices, classes.shape)
   run = classes > rules.SKIP
   if shape.fuse > 1 and lists.members is None:
     order = jnp.argsort(-classes, axis=-1, stable=True)
@@ -435,11 +454,6 @@ def _scaled(q, settings):
   return (q.astype(f32) * factor).astype(q.dtype)
 
 
-def _unscaled(settings):
-  """What a gradient against scaled queries, times scale, is divided by."""
-  return LOG2E if settings.softcap is None else 1 / settings.softcap
-
-
 def _widen(x, to):
   """Zeros behind the head dimension."""
   return jnp.pad(x, [(0, 0)] * 3 + [(0, to - x.shape[-1])])
@@ -657,8 +671,7 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
 
   The heads of a group are edges of the same key block, and summed here.
   """
-  # Tiles of few queries are fused until they fill the lanes.
-  fuse = settings.fuse or max(min(FUSED_KEYS // settings.block_q, MAX_FUSE), 1)
+  fuse = _fused_queries(settings)
   shape = dataclasses.replace(_Shape.of(q, k, lists, settings), fuse=fuse)
   s = shape
   blocks, codes, edges, slots, steps = by_key(lists, shape)
@@ -821,7 +834,9 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
 
     @pl.when((code & LAST) > 0)
     def _():
-      dk = dk_acc[...] * (1 / _unscaled(settings))
+      # The queries came multiplied by more than scale.
+      cap = settings.softcap
+      dk = dk_acc[...] * (1 / LOG2E if cap is None else cap)
       dk_ref[...] = dk.astype(dk_ref.dtype)
       dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 

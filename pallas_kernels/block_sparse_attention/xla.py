@@ -14,7 +14,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import block_mask
-from pallas_kernels import partitioning
 from pallas_kernels import rules
 from pallas_kernels.block_sparse_attention import lists as lists_lib
 
@@ -269,7 +268,6 @@ def forward(q, k, v, lists, settings):
     out [B, Sp, H, D] as q, lse f32 [B, Sp, H], -inf where nothing was read,
     and None or bool [B, H, nq, C].
   """
-  q, k, v, lists = partitioning.vary_alike(q, k, v, lists)
   shape = _Shape.of(q, k, lists, settings)
   keys, values = _blocks(k, shape), _blocks(v, shape)
   kv_blocks = k.shape[1] // shape.block_kv
@@ -353,9 +351,6 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
   Returns:
     dq, dk, dv in the dtypes of q, k and v.
   """
-  q, k, v, lists, lse, delta, dout = partitioning.vary_alike(
-    q, k, v, lists, lse, delta, dout
-  )
   shape = _Shape.of(q, k, lists, settings)
   keys, values = _blocks(k, shape), _blocks(v, shape)
   kv_blocks = k.shape[1] // shape.block_kv
@@ -430,7 +425,6 @@ def block_mass(q, k, v, lists, lse, settings):
     f32 [B, H, nq, C], alone in a tuple.
   """
   del v
-  q, k, lists, lse = partitioning.vary_alike(q, k, lists, lse)
   shape = _Shape.of(q, k, lists, settings)
   keys = _blocks(k, shape)
   kv_blocks = k.shape[1] // shape.block_kv

@@ -254,6 +254,92 @@ def test_windows_without_an_end(rule, q, k):
   assert int(got) == rules.WHOLE
 
 
+OF_TOKEN = np.repeat([0, 1], 20)
+
+
+def of_one_list(**more):
+  """q, k, v of two sequences that share one full mask."""
+  arrays, _ = problem.qkv(2, 40, 40, 4, 2, 8)
+  mask = pk.BlockMask.from_blocks(
+    np.ones((3, 3), bool), block_q=16, block_kv=16, **more
+  )
+  return arrays, mask
+
+
+@sparse_backends
+def test_a_shared_list_with_segments_of_each_sequence(backend):
+  arrays, mask = of_one_list()
+  segments = dict(
+    q_segment_ids=np.zeros((2, 40), int),
+    kv_segment_ids=np.repeat([[7], [0]], 40, axis=1),
+  )
+  got, want = (
+    problem.jit(lambda *x, f=f: f(*x, mask, **segments))(*arrays)
+    for f in (backend, REFERENCE)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert not np.asarray(got[0]).any()  # no key is of its segment
+
+
+def test_positions_far_away_are_no_padding():
+  arrays, mask = of_one_list(rule=pk.Causal())
+  far = np.where(np.arange(40) < 16, 2**31 - 1, np.arange(40))
+  got, want = (
+    problem.jit(lambda *x, f=f: f(*x, mask, q_positions=far))(*arrays)
+    for f in (XLA, REFERENCE)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_integers_that_vary_where_nothing_reads_them():
+  arrays, mask = of_one_list()
+  mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def attend(*x):
+    at = np.arange(40) + 40 * jax.lax.axis_index("x")
+    return pk.block_sparse_attention(*x, mask, q_positions=at)[None]
+
+  sharded = jax.shard_map(
+    attend, mesh=mesh, in_specs=jax.P(), out_specs=jax.P("x"), check_vma=True
+  )
+  for each in problem.jit(sharded)(*arrays):
+    np.testing.assert_allclose(each, REFERENCE(*arrays, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "changed,message",
+  [
+    (dict(rule=lambda a, b: jnp.asarray(OF_TOKEN)[a] >= b), "holds arrays"),
+    (dict(edges=jnp.zeros((1, 1, 36), int)), r"mask\.with_transpose\(4, 2\)"),
+  ],
+)
+def test_masks_that_only_some_backend_would_take(changed, message):
+  arrays, mask = of_one_list()
+  with pytest.raises(ValueError, match=message):
+    XLA(*arrays, mask._replace(**changed))
+
+
+def test_lists_beyond_the_scalar_memory():
+  x = jax.ShapeDtypeStruct((1, 4096, 32, 128), jnp.bfloat16)
+  mask = pk.BlockMask(
+    jnp.zeros((1, 32, 256, 64), int), block_q=16, block_kv=16, kv_blocks=256
+  )
+  with pytest.raises(ValueError, match=r"room for lists of \d+ bytes"):
+    jax.eval_shape(lambda *x: problem.TPU(*x, mask), x, x, x)
+
+
+def test_a_ring_has_no_reference():
+  arrays, mask = of_one_list()
+  with pytest.raises(ValueError, match="backend is 'reference'"):
+    pk.ring_attention(*arrays, mask, axis_name="x", backend="reference")
+
+
+def test_windows_as_wide_as_one_likes():
+  rule = pk.Window(2**40)
+  assert bool(rule(2**30 - 1, 1 - 2**30))
+  assert int(rules.classify(rule, 7, 7, 1 - 2**30, 0)) == rules.WHOLE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [(), ("heads",)])
 def test_a_transpose_made_before_changes_no_gradient(shared):

@@ -185,7 +185,7 @@ class ConstructorTest(parameterized.TestCase):
     (dict(block_kv=1), "^block_kv is 1; it must be a power of two from 16"),
     (dict(block_kv=8), "^block_kv is 8"),
     (dict(block_kv=48), "^block_kv is 48"),
-    (dict(kv_blocks=-1), "^kv_blocks is -1; it cannot be negative"),
+    (dict(kv_blocks=-1), "^kv_blocks is -1; it must be an integer"),
     (dict(rule=3), "^rule is 3; it must be callable"),
     (dict(indices=np.zeros((2, 3, 4), int)), r"^indices has shape \(2, 3, 4\)"),
     (dict(indices=np.zeros((1, 2, 3, 4))), "^indices has dtype float"),

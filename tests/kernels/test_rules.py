@@ -136,8 +136,8 @@ class RulesTest(parameterized.TestCase):
     self.assertEqual((rules.SKIP, rules.PARTIAL, rules.WHOLE), (0, 1, 2))
 
   @parameterized.parameters(
-    (dict(left=-1), "^left is -1; it must be at least 0"),
-    (dict(left=1, right=-2), "^right is -2; it must be at least 0"),
+    (dict(left=-1), "^left is -1; it must be an integer"),
+    (dict(left=1, right=-2), "^right is -2; it must be an integer"),
   )
   def test_bad_windows(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):
