@@ -52,6 +52,18 @@ def _power_of_two(name: str, value: int, low: int, high: int) -> None:
   )
 
 
+def _static_fields(block_q, block_kv, kv_blocks, rule) -> dict:
+  """Fields of a BlockMask that are no arrays, checked; ValueError."""
+  _power_of_two("block_q", block_q, 1, 512)
+  _power_of_two("block_kv", block_kv, 16, 512)
+  _at_least("kv_blocks", kv_blocks, 0)
+  if rule is not None:
+    hash(rule)
+    _require(callable(rule), f"rule is {rule!r}; it must be callable.")
+  sizes = dict(block_q=block_q, block_kv=block_kv, kv_blocks=kv_blocks)
+  return {name: int(size) for name, size in sizes.items()} | {"rule": rule}
+
+
 def pack_members(bits: jax.Array) -> jax.Array:
   """Membership bits, bool [..., C, block_q] -> uint32 [..., W, block_q].
 
@@ -151,14 +163,9 @@ class BlockMask:
     level=None,
     max_level: int | None = None,
   ):
-    _power_of_two("block_q", block_q, 1, 512)
-    _power_of_two("block_kv", block_kv, 16, 512)
-    _at_least("kv_blocks", kv_blocks, 0)
+    static = _static_fields(block_q, block_kv, kv_blocks, rule)
     if max_level is not None:
       _at_least("max_level", max_level, 0)
-    if rule is not None:
-      hash(rule)
-      _require(callable(rule), f"rule is {rule!r}; it must be callable.")
     indices = _int_array("indices", indices)
     _require(
       indices.ndim == 4,
@@ -221,12 +228,25 @@ class BlockMask:
       columns=columns,
       level=level,
       edges=None,
-      block_q=int(block_q),
-      block_kv=int(block_kv),
-      kv_blocks=int(kv_blocks),
-      rule=rule,
+      **static,
       max_level=int(max_level or 0),
     )
+
+  @classmethod
+  def _of_canonical(cls, indices, counts, static, members=None):
+    """The mask of lists that are canonical, which are not sorted again."""
+    made = object.__new__(cls)
+    made._set(
+      indices=indices,
+      counts=counts,
+      members=members,
+      columns=None,
+      level=None,
+      edges=None,
+      **static,
+      max_level=0,
+    )
+    return made
 
   def _set(self, **fields):
     for name, value in fields.items():
@@ -294,6 +314,7 @@ class BlockMask:
     )
     blocks = blocks.reshape((1,) * (4 - blocks.ndim) + blocks.shape)
     kv_blocks = blocks.shape[-1]
+    static = _static_fields(block_q, block_kv, kv_blocks, rule)
     counts = blocks.sum(-1, dtype=jnp.int32)
     concrete = not isinstance(counts, jax.core.Tracer)
     needed = int(counts.max(initial=0)) if concrete else kv_blocks
@@ -306,18 +327,9 @@ class BlockMask:
     )
     order = jnp.argsort(~blocks, axis=-1, stable=True)[..., :capacity]
     short = max(capacity - kv_blocks, 0)
-    order = jnp.pad(order, [(0, 0)] * 3 + [(0, short)])
+    order = jnp.pad(order.astype(jnp.int32), [(0, 0)] * 3 + [(0, short)])
     listed = jnp.arange(capacity) < counts[..., None]
-    # Made by the constructor once for its checks, then given true counts.
-    mask = cls(
-      jnp.where(listed, order, 0),
-      counts,
-      block_q=block_q,
-      block_kv=block_kv,
-      kv_blocks=kv_blocks,
-      rule=rule,
-    )
-    return mask._replace(counts=counts)
+    return cls._of_canonical(jnp.where(listed, order, 0), counts, static)
 
   @classmethod
   def from_queries(
@@ -367,8 +379,8 @@ class BlockMask:
       f"indices has shape {indices.shape}; it must be [batch or 1, heads or 1, "
       "queries, blocks of a query].",
     )
-    _power_of_two("block_q", block_q, 1, 512)
     _at_least("kv_blocks", kv_blocks, 1)
+    static = _static_fields(block_q, block_kv, kv_blocks, rule)
     _at_least("capacity", capacity, 1)
     b, h, queries, width = indices.shape
     if counts is not None:
@@ -400,15 +412,8 @@ class BlockMask:
       chosen, jnp.minimum(listed, kv_blocks - 1)[..., None, :], axis=-1
     )
     bits = jnp.swapaxes(bits, -1, -2) & (listed < kv_blocks)[..., None]
-    mask = cls(
-      listed,
-      block_q=block_q,
-      block_kv=block_kv,
-      kv_blocks=kv_blocks,
-      rule=rule,
-      members=pack_members(bits),
-    )
-    return mask._replace(counts=counts)
+    listed = jnp.where(listed < kv_blocks, listed, 0)
+    return cls._of_canonical(listed, counts, static, pack_members(bits))
 
   @property
   def capacity(self) -> int:

@@ -374,6 +374,38 @@ def from_queries(indices, counts, block_q, kv_blocks, capacity):
   )
 
 
+class CanonicalListsTest(parameterized.TestCase):
+  """What from_blocks and from_queries make is not sorted by the constructor."""
+
+  def test_the_constructor_would_change_nothing(self):
+    rng = np.random.default_rng(0)
+    blocks = rng.random((2, 3, 4, 6)) < 0.5
+    chosen = rng.integers(-1, 7, (1, 2, 21, 3)).astype(np.int32)
+    for mask in (
+      traced_from_blocks(blocks, capacity=9),
+      traced_from_blocks(blocks[..., :0]),
+      from_queries(chosen, None, 16, 6, 9),
+    ):
+      assert_same(mask, again(mask))
+    # Of what the capacity dropped, only the count is left.
+    for mask in (
+      traced_from_blocks(blocks, capacity=2),
+      from_queries(chosen, None, 16, 6, 2),
+    ):
+      counts = jnp.minimum(mask.counts, 2)
+      assert_same(mask._replace(counts=counts), again(mask))
+
+  def test_temporaries_are_of_the_tables_size(self):
+    shape, tables = (1, 4, 4096, 16), 4 * 4096 * 64
+    x = jax.ShapeDtypeStruct(shape, jnp.int32)
+    lowered = jax.jit(from_queries.__wrapped__, static_argnums=(2, 3, 4)).lower(
+      x, None, 16, 64, 64
+    )
+    memory = lowered.compile().memory_analysis()
+    # 15 when the constructor sorted the lists twice more.
+    self.assertLess(memory.temp_size_in_bytes, 5 * tables)
+
+
 class TableTest(parameterized.TestCase):
   @parameterized.parameters(*SHAPES)
   @given(data=st.data())
