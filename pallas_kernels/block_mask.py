@@ -60,6 +60,12 @@ def _static_fields(block_q, block_kv, kv_blocks, rule) -> dict:
   if rule is not None:
     hash(rule)
     _require(callable(rule), f"rule is {rule!r}; it must be callable.")
+    held = [x.shape for x in rules.arrays_of(rule)]
+    _require(
+      not held,
+      f"rule holds arrays, {held}; it may hold numbers only (segment ids tell "
+      "documents apart).",
+    )
   sizes = dict(block_q=block_q, block_kv=block_kv, kv_blocks=kv_blocks)
   return {name: int(size) for name, size in sizes.items()} | {"rule": rule}
 
@@ -118,7 +124,8 @@ class BlockMask:
 
   Raises:
     ValueError: for block sizes that are no powers of two in range, arrays
-      whose shapes do not fit each other, or no integers.
+      whose shapes do not fit each other, or no integers, and a rule that holds
+      arrays (it is traced once, here).
 
   Example:
     >>> mask = pallas_kernels.BlockMask(

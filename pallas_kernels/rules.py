@@ -125,6 +125,15 @@ class Any(Rule):
     )
 
 
+def arrays_of(rule) -> list:
+  """The arrays that a rule closes over, traced ones too; it should have none.
+
+  A kernel's body has no place for them. Finding them traces the rule.
+  """
+  at = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  return jax.make_jaxpr(rule)(at, at).consts
+
+
 def classify(rule, q_min, q_max, k_min, k_max) -> jax.Array:
   """SKIP, PARTIAL or WHOLE for tiles with these extreme positions.
 

@@ -1,6 +1,5 @@
 """Whether the arguments of a call fit each other."""
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import block_mask
@@ -124,14 +123,6 @@ def _arrays(q, k, v, mask):
       f"mask is a {type(mask).__name__}; it must be a BlockMask "
       "(BlockMask.from_blocks makes one of a dense table)."
     )
-  if mask.rule is not None:
-    at = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    held = jax.make_jaxpr(mask.rule)(at, at).consts
-    if held:
-      raise ValueError(
-        f"mask has a rule that holds arrays, {[x.shape for x in held]}; it may "
-        "hold numbers only (segment ids tell documents apart)."
-      )
   lead_b, lead_h, nq = mask.counts.shape
   wanted = (-(-s // mask.block_q), -(-k.shape[1] // mask.block_kv))
   if (nq, mask.kv_blocks) != wanted:

@@ -223,6 +223,33 @@ class ConstructorTest(parameterized.TestCase):
     with self.assertRaisesRegex((TypeError, ValueError), "hash"):
       build(**GOOD, rule=Unhashable())
 
+  def test_a_rule_must_not_hold_arrays(self):
+    of_token = jnp.arange(64)
+    inside = lambda x: build(**GOOD, rule=lambda q, k: q + x >= k)
+    one_of_two = pk.Causal() | (lambda q, k: of_token[q] >= k)
+    for make in (
+      lambda: build(**GOOD, rule=one_of_two),
+      lambda: from_blocks(np.ones((4, 4), bool), rule=one_of_two),
+      lambda: jax.eval_shape(inside, jnp.int32(1)),
+    ):
+      with self.assertRaisesRegex(ValueError, "^rule holds arrays"):
+        make()
+
+  def test_a_rule_is_traced_where_it_is_given_and_not_at_each_call(self):
+    calls = []
+
+    def rule(q, k):
+      calls.append(0)
+      return q >= k
+
+    mask = from_blocks(np.ones((1, 1), bool), rule=rule)
+    self.assertLen(calls, 1)
+    x = np.ones((1, BLOCK, 1, 4), np.float32)
+    pk.block_sparse_attention(x, x, x, mask)
+    before = len(calls)
+    pk.block_sparse_attention(x, x, x, mask)
+    self.assertLen(calls, before)
+
   @parameterized.parameters(1, 16, 512)
   def test_good_block_sizes(self, size):
     mask = jax.eval_shape(lambda: build(**GOOD | dict(block_q=np.int32(size))))
