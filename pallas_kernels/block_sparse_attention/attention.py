@@ -164,7 +164,7 @@ def _by_kernel(
     padded = jnp.pad(lse, rows, constant_values=jnp.inf)
     operands = lax.stop_gradient((queries, keys, values))
     (mass,) = dispatch.on_shards(
-      "block_mass",
+      dispatch.BLOCK_MASS,
       *operands,
       without(lists, kept),
       (lax.stop_gradient(padded),),
@@ -203,7 +203,9 @@ def run(q, k, v, lists, settings):
 
 
 def _run_fwd(q, k, v, lists, settings):
-  out, lse, *kept = dispatch.on_shards("forward", q, k, v, lists, (), settings)
+  out, lse, *kept = dispatch.on_shards(
+    dispatch.FORWARD, q, k, v, lists, (), settings
+  )
   kept = kept[0] if kept else None
   lists = without(lists, kept)
   return (out, lse, kept), (q, k, v, lists, out, lse)
@@ -221,7 +223,7 @@ def _run_bwd(settings, residuals, cotangents):
   q, k, v, lists, out, lse = residuals
   dout, dlse, _ = cotangents
   rest = (lse, delta(out, dout, dlse), dout)
-  grads = dispatch.on_shards("backward", q, k, v, lists, rest, settings)
+  grads = dispatch.on_shards(dispatch.BACKWARD, q, k, v, lists, rest, settings)
   grads = map(partitioning.sum_like, grads, (q, k, v))
   return *grads, None
 

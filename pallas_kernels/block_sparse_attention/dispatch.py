@@ -1,5 +1,6 @@
 """Which backend runs a call, and on which shards of its arguments."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -36,7 +37,40 @@ _NAMES = {
 }
 
 
-def on_shards(name, q, k, v, lists, rest, settings):
+@dataclasses.dataclass(frozen=True)
+class Pass:
+  """What every backend has a function of.
+
+  Attributes:
+    xla: f(q, k, v, lists, *rest, settings), which returns a tuple.
+    tpu: the same as a kernel, or None where XLA runs it everywhere.
+    rest: the dimensions of the further arguments, as names of `_NAMES`.
+    outs: those of the outputs.
+    if_skipping: those of what is returned besides with a skip_threshold, and
+      is None without.
+    summed: for an output by its number, the letter whose shards to sum over.
+  """
+
+  xla: Callable
+  tpu: Callable | None
+  rest: tuple[str, ...]
+  outs: tuple[str, ...]
+  if_skipping: tuple[str, ...] = ()
+  summed: tuple[tuple[int, str], ...] = ()
+
+
+FORWARD = Pass(xla.forward, tpu.forward, (), ("q", "lse"), ("indices",))
+BACKWARD = Pass(
+  xla.backward,
+  tpu.backward,
+  ("lse", "lse", "q"),
+  ("q", "k", "k"),
+  summed=((1, "n"), (2, "n")),
+)
+BLOCK_MASS = Pass(xla.block_mass, None, ("lse",), ("indices",))
+
+
+def on_shards(which: Pass, q, k, v, lists, rest, settings):
   """A function of the chosen backend, on the shards of its arguments."""
   # The branches of a choice must vary alike, whatever they read.
   q, k, v, lists, rest = partitioning.vary_alike(q, k, v, lists, rest)
@@ -46,9 +80,8 @@ def on_shards(name, q, k, v, lists, rest, settings):
     if getattr(lists, field.name) is not None
   }
   args = (q, k, v, *rest, *present.values())
-  names = [_NAMES[x] for x in ("q", "k", "k")]
-  names += [_NAMES["lse"], _NAMES["lse"], _NAMES["q"]][: len(rest)]
-  names += [_NAMES[x] for x in present]
+  names = [_NAMES[x] for x in ("q", "k", "k", *which.rest, *present)]
+  outs = which.outs + (which.if_skipping if settings.skip_threshold else ())
   sizes = {
     "b": q.shape[0],
     "n": lists.indices.shape[2],
@@ -74,28 +107,26 @@ def on_shards(name, q, k, v, lists, rest, settings):
     here = dataclasses.replace(
       settings, arange=settings.arange and "n" not in axes
     )
-    found = _choose(here, name, q, k, v, lists_here, *rest_here)
+    found = _choose(which, here, q, k, v, lists_here, *rest_here)
     return tuple(x for x in found if x is not None)
 
-  if name == "block_mass":
-    outs, summed = [_NAMES["indices"]], {}
-  elif name == "forward":
-    outs, summed = [_NAMES["q"], _NAMES["lse"]], {}
-    if settings.skip_threshold:
-      outs.append(_NAMES["indices"])
-  else:
-    outs, summed = [_NAMES["q"], _NAMES["k"], _NAMES["k"]], {1: "n", 2: "n"}
   return partitioning.per_shard(
-    run, args, names, outs, sizes, cut="bng", summed=summed
+    run,
+    args,
+    names,
+    [_NAMES[x] for x in outs],
+    sizes,
+    cut="bng",
+    summed=dict(which.summed),
   )
 
 
-def _choose(settings, name, *args):
+def _choose(which, settings, *args):
   """Runs a function of the backend asked for, or of the platform's."""
-  fallback = functools.partial(getattr(xla, name), settings=settings)
-  if name == "block_mass":  # a pass of its own, by XLA everywhere
+  fallback = functools.partial(which.xla, settings=settings)
+  if which.tpu is None:
     return fallback(*args)
-  kernel = functools.partial(getattr(tpu, name), settings=settings)
+  kernel = functools.partial(which.tpu, settings=settings)
   lacks = _lacks(args[0], args[1], args[3], settings)
   if settings.backend == "xla" or (settings.backend == "auto" and lacks):
     return fallback(*args)

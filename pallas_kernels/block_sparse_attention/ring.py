@@ -195,7 +195,7 @@ def _ring_fwd(q, k, v, mask, staying, moving, settings, axis_name):
       settings,
       _shard_at(at, axis_name),
     )
-    more, more_lse = dispatch.on_shards("forward", *call, (), full)
+    more, more_lse = dispatch.on_shards(dispatch.FORWARD, *call, (), full)
     total = jnp.logaddexp(lse, more_lse)
     share = lambda x: jnp.exp(
       jnp.where(jnp.isfinite(total), x - total, -jnp.inf)
@@ -229,7 +229,7 @@ def _ring_bwd(settings, axis_name, residuals, cotangents):
       q, k_here, v_here, mask, staying, moving_here, settings, shard
     )
     rest = (lse, delta, dout)
-    more, *of_keys = dispatch.on_shards("backward", *call, rest, full)
+    more, *of_keys = dispatch.on_shards(dispatch.BACKWARD, *call, rest, full)
     _, pull = jax.vjp(keys, k_here, v_here)
     of_keys = pull(tuple(of_keys))
     dk, dv = (
