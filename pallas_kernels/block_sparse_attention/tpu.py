@@ -113,7 +113,7 @@ class _Shape:
   def of(cls, q, k, lists, settings):
     b, s, h, d = q.shape
     list_b, list_h, nq, slots = lists.classes.shape
-    fuse = settings.fuse or min(FUSED_KEYS // settings.block_kv, MAX_FUSE)
+    fuse = _fused(settings, settings.block_kv)
     least = max(LANES // settings.block_kv, 1)
     while fuse > least and fuse >= 2 * slots:
       fuse //= 2
@@ -127,7 +127,7 @@ class _Shape:
       slots=slots,
       block_q=s // nq if nq else settings.block_q,
       block_kv=settings.block_kv,
-      fuse=max(fuse, least),
+      fuse=fuse,
       list_batch=list_b,
       list_heads=list_h,
     )
@@ -142,7 +142,7 @@ def smem_bytes(q, k, lists, settings) -> int:
   shape = _Shape.of(q, k, lists, settings)
   tiles = shape.list_batch * shape.list_heads * shape.nq
   by_query = tiles * shape.steps * (shape.fuse + 1)
-  fuse = _fused_queries(settings)
+  fuse = _fused(settings, max(settings.block_q, ROWS))
   edges = shape.group * shape.nq * shape.slots
   steps = -(-edges // fuse) + shape.nk
   lists_of_a_step = 2 + fuse * (2 if lists.members is not None else 1)
@@ -150,9 +150,12 @@ def smem_bytes(q, k, lists, settings) -> int:
   return 4 * max(by_query, by_key)
 
 
-def _fused_queries(settings) -> int:
-  """Edges that a step of dk and dv takes: small tiles fill the lanes."""
-  return settings.fuse or max(min(FUSED_KEYS // settings.block_q, MAX_FUSE), 1)
+def _fused(settings, block) -> int:
+  """Blocks of so many rows that a step takes: small ones fill the lanes."""
+  fuse = settings.fuse or min(FUSED_KEYS // block, MAX_FUSE)
+  if fuse not in (1, 2, 4, MAX_FUSE):
+    raise ValueError(f"fuse is {fuse}; it takes 1, 2, 4 or {MAX_FUSE}.")
+  return max(fuse, LANES // block)
 
 
 def by_query(lists, shape):
@@ -273,11 +276,53 @@ def _allowed(q_at, k_at, q_in, k_in, bits, settings):
   return ok
 
 
-def _call(body, name, grid, prefetch, inputs, in_specs, outputs, out_specs,
-          scratch, parallel, settings):  # fmt: skip
+class _Operands:
+  """Arrays that a kernel reads by blocks: their specs, and refs by name."""
+
+  def __init__(self):
+    self.arrays, self.specs, self.counts = [], [], {}
+
+  def add(self, name, array, specs):
+    """An array with one spec, or a list of them: a ref each."""
+    specs = specs if isinstance(specs, list) else [specs]
+    self.arrays += [array] * len(specs)
+    self.specs += specs
+    self.counts[name] = len(specs)
+
+  def split(self, refs):
+    """Lists of refs by name, and the refs behind those of the operands."""
+    found = {}
+    for name, count in self.counts.items():
+      found[name], refs = refs[:count], refs[count:]
+    return found, refs
+
+
+def _integers(lists, settings, shape):
+  """What the masked bodies read: (name, array, block, index) of each operand.
+
+  `index` takes b, a head and a block: of queries and a query head, or, where
+  the name begins with kv, of keys and a key head.
+  """
+  for name in _needs(lists, settings, shape):
+    x = getattr(lists, name)
+    if name == "members":
+      x = lax.bitcast_convert_type(x, jnp.int32)
+    elif name.startswith("q_"):
+      x = _as_rows(x, shape.block_q)[:, None]
+    else:
+      x = _as_rows(x, shape.block_kv)
+
+    def index(b, h, i, lead=x.shape[:2]):
+      return _pick(b, lead[0]), _pick(h, lead[1]), i, 0, 0
+
+    yield name, x, (None, None, None, *x.shape[3:]), index
+
+
+def _call(body, name, grid, prefetch, operands, outputs, out_specs, scratch,
+          parallel, settings):  # fmt: skip
   """A pallas_call with prefetched lists; outputs vary as the inputs do."""
-  operands = partitioning.vary_alike(*prefetch, *inputs)
-  axes = partitioning.varying(operands[0])
+  arrays = partitioning.vary_alike(*prefetch, *operands.arrays)
+  axes = partitioning.varying(arrays[0])
   for_all = jax.sharding.ManualAxisType(varying=axes)
   outputs = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=for_all),
@@ -293,12 +338,12 @@ def _call(body, name, grid, prefetch, inputs, in_specs, outputs, out_specs,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(prefetch),
       grid=grid,
-      in_specs=in_specs,
+      in_specs=operands.specs,
       out_specs=out_specs,
       scratch_shapes=scratch,
     ),
     compiler_params=pltpu.CompilerParams(dimension_semantics=order),
-  )(*operands)
+  )(*arrays)
 
 
 def _flat(x):
@@ -314,10 +359,16 @@ class _ByQuery:
   """Specs and the mask of the kernels of the grid (b, h, query block, step)."""
 
   def __init__(self, lists, settings, shape):
-    self.lists, self.settings, self.shape = lists, settings, shape
-    self.names = _needs(lists, settings, shape)
+    self.settings, self.shape = settings, shape
     self.blocks, self.codes = by_query(lists, shape)
     self.grid = (shape.batch, shape.heads, shape.nq, shape.steps)
+    self.query = self.at_query(
+      (None, shape.block_q, shape.dim), lambda b, h, i: (b, i, h)
+    )
+    self.keys = self.at_keys(
+      (None, shape.block_kv, shape.dim), lambda b, h, i: (b, i, h)
+    )
+    self.integers = list(_integers(lists, settings, shape))
 
   def row(self, b, h, i):
     """Which list: the index of its first step."""
@@ -325,75 +376,37 @@ class _ByQuery:
     which = _pick(b, s.list_batch) * s.list_heads + _pick(h, s.list_heads)
     return (which * s.nq + i) * s.steps
 
-  def specs(self):
-    """Of queries, of their statistics, and of each fused key block."""
+  def at_query(self, block, index):
+    """`index` takes b, query head, query block."""
+    return pl.BlockSpec(block, lambda b, h, i, j, *_: index(b, h, i))
+
+  def at_keys(self, block, index):
+    """A spec for each fused block; `index` takes b, key head, key block."""
     s = self.shape
-    query = pl.BlockSpec(
-      (None, s.block_q, s.dim), lambda b, h, i, j, *_: (b, i, h)
-    )
 
-    def key(r):
+    def of(r):
       def at(b, h, i, j, blocks, codes):
-        block = blocks[(self.row(b, h, i) + j) * s.fuse + r]
-        return b, block, h // s.group
+        which = blocks[(self.row(b, h, i) + j) * s.fuse + r]
+        return index(b, h // s.group, which)
 
-      return pl.BlockSpec((None, s.block_kv, s.dim), at)
+      return pl.BlockSpec(block, at)
 
-    return query, [key(r) for r in range(s.fuse)]
+    return [of(r) for r in range(s.fuse)]
 
   def statistics(self, rows):
-    s = self.shape
-    return pl.BlockSpec(
-      (None, None, None, rows, s.block_q),
-      lambda b, h, i, j, *_: (b, h, i, 0, 0),
+    """Of f32 [B, H, nq, rows, block_q]."""
+    return self.at_query(
+      (None, None, None, rows, self.shape.block_q),
+      lambda b, h, i: (b, h, i, 0, 0),
     )
 
-  def operands(self):
-    """Arrays and specs of the integers that the masked body reads."""
-    s, arrays, specs = self.shape, [], []
-    for name in self.names:
-      x = getattr(self.lists, name)
-      if name.startswith("q_"):
-        lead = x.shape[0]
-        arrays.append(_as_rows(x, s.block_q))
-        specs.append(
-          pl.BlockSpec(
-            (None, None, 1, s.block_q),
-            lambda b, h, i, j, *_, lead=lead: (_pick(b, lead), i, 0, 0),
-          )
-        )
-      elif name == "members":
-        lead, words = x.shape[:2], x.shape[3]
-        arrays.append(lax.bitcast_convert_type(x, jnp.int32))
-        specs.append(
-          pl.BlockSpec(
-            (None, None, None, words, s.block_q),
-            lambda b, h, i, j, *_, lead=lead: (
-              _pick(b, lead[0]), _pick(h, lead[1]), i, 0, 0),
-          )
-        )  # fmt: skip
-      else:
-        lead = x.shape[:2]
-        for r in range(s.fuse):
-
-          def at(b, h, i, j, blocks, codes, r=r, lead=lead):
-            block = blocks[(self.row(b, h, i) + j) * s.fuse + r]
-            return (
-              _pick(b, lead[0]), _pick(h // s.group, lead[1]), block, 0, 0
-            )  # fmt: skip
-
-          arrays.append(_as_rows(x, s.block_kv))
-          specs.append(pl.BlockSpec((None, None, None, 1, s.block_kv), at))
-    return arrays, specs
-
-  def split(self, refs):
-    """The refs of `operands`, by name."""
-    found, at = {}, 0
-    for name in self.names:
-      many = self.shape.fuse if name.startswith("kv_") else 1
-      found[name] = refs[at : at + many]
-      at += many
-    return found, refs[at:]
+  def add_keys(self, operands, k, v):
+    """Adds keys, values, and the integers that the masked body reads."""
+    operands.add("k", _flat(k), self.keys)
+    operands.add("v", _flat(v), self.keys)
+    for name, x, *spec in self.integers:
+      at = self.at_keys if name.startswith("kv_") else self.at_query
+      operands.add(name, x, at(*spec))
 
   def mask(self, refs, blocks_ref, code, first, i, j):
     """bool [block_q, width]: what the step's queries may read."""
@@ -513,14 +526,14 @@ def forward(q, k, v, lists, settings):
 
 def _forward(q, k, v, lists, settings):
   shape = _Shape.of(q, k, lists, settings)
-  on = _ByQuery(lists, settings, shape)
-  query, keys = on.specs()
-  integers, integer_specs = on.operands()
-  fuse, width, dim = shape.fuse, shape.width, shape.dim
+  on, operands = _ByQuery(lists, settings, shape), _Operands()
+  operands.add("q", _flat(q), on.query)
+  on.add_keys(operands, k, v)
+  width, dim = shape.width, shape.dim
 
-  def body(blocks_ref, codes_ref, q_ref, *rest):
-    k_refs, v_refs, rest = rest[:fuse], rest[fuse : 2 * fuse], rest[2 * fuse :]
-    refs, (out_ref, lse_ref, top_ref, total_ref, acc_ref) = on.split(rest)
+  def body(blocks_ref, codes_ref, *refs):
+    refs, rest = operands.split(refs)
+    out_ref, lse_ref, top_ref, total_ref, acc_ref = rest
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
     step = on.row(b, h, i) + j
     code = codes_ref[step]
@@ -532,9 +545,9 @@ def _forward(q, k, v, lists, settings):
       acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def attend(cut):
-      s, _ = _logits(q_ref[...], _stack(k_refs), settings)
+      s, _ = _logits(refs["q"][0][...], _stack(refs["k"]), settings)
       if cut:
-        ok = on.mask(refs, blocks_ref, code, step * fuse, i, j)
+        ok = on.mask(refs, blocks_ref, code, step * shape.fuse, i, j)
         s = jnp.where(ok, s, -jnp.inf)
       old = top_ref[...]
       new = jnp.maximum(old, s.max(1, keepdims=True))
@@ -543,7 +556,7 @@ def _forward(q, k, v, lists, settings):
       top_ref[...] = new
       total_ref[...] = total_ref[...] * decay + _fold(p)
       acc_ref[...] = acc_ref[...] * _wide(decay, dim) + _nn(
-        p.astype(v.dtype), _stack(v_refs)
+        p.astype(v.dtype), _stack(refs["v"])
       )
 
     pl.when(code >= WHOLE)(lambda: attend(False))
@@ -565,13 +578,12 @@ def _forward(q, k, v, lists, settings):
     "block_sparse_attention_forward",
     on.grid,
     (on.blocks, on.codes),
-    (_flat(q), *[_flat(k)] * fuse, *[_flat(v)] * fuse, *integers),
-    [query, *keys, *keys, *integer_specs],
+    operands,
     [
       jax.ShapeDtypeStruct(_flat(q).shape, q.dtype),
       jax.ShapeDtypeStruct((s.batch, s.heads, s.nq, 1, s.block_q), f32),
     ],
-    [query, on.statistics(1)],
+    [on.query, on.statistics(1)],
     [pltpu.VMEM((s.block_q, n), f32) for n in (LANES, LANES, dim)],
     3,
     settings,
@@ -604,34 +616,35 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
 
 def _backward_q(q, k, v, dout, statistics, lists, settings):
   shape = _Shape.of(q, k, lists, settings)
-  on = _ByQuery(lists, settings, shape)
-  query, keys = on.specs()
-  integers, integer_specs = on.operands()
-  fuse, width, dim = shape.fuse, shape.width, shape.dim
+  on, operands = _ByQuery(lists, settings, shape), _Operands()
+  operands.add("q", _flat(q), on.query)
+  operands.add("dout", _flat(dout), on.query)
+  operands.add("statistics", statistics, on.statistics(2))
+  on.add_keys(operands, k, v)
+  width, dim = shape.width, shape.dim
 
-  def body(blocks_ref, codes_ref, q_ref, dout_ref, statistics_ref, *rest):
-    k_refs, v_refs, rest = rest[:fuse], rest[fuse : 2 * fuse], rest[2 * fuse :]
-    refs, (dq_ref, lse_ref, delta_ref, acc_ref) = on.split(rest)
+  def body(blocks_ref, codes_ref, *refs):
+    refs, (dq_ref, lse_ref, delta_ref, acc_ref) = operands.split(refs)
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
     step = on.row(b, h, i) + j
     code = codes_ref[step]
 
     @pl.when(j == 0)
     def _():
+      (statistics_ref,) = refs["statistics"]
       lse_ref[...] = _column(statistics_ref[:1])
       delta_ref[...] = _column(statistics_ref[1:])
       acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def attend(cut):
-      picked = _stack(k_refs)
-      s, tanh = _logits(q_ref[...], picked, settings)
+      picked = _stack(refs["k"])
+      s, tanh = _logits(refs["q"][0][...], picked, settings)
       p = jnp.exp2(s - _wide(lse_ref[...], width))
       if cut:
-        ok = on.mask(refs, blocks_ref, code, step * fuse, i, j)
+        ok = on.mask(refs, blocks_ref, code, step * shape.fuse, i, j)
         p = jnp.where(ok, p, 0.0)
-      ds = p * (
-        _nt(dout_ref[...], _stack(v_refs)) - _wide(delta_ref[...], width)
-      )
+      dp = _nt(refs["dout"][0][...], _stack(refs["v"]))
+      ds = p * (dp - _wide(delta_ref[...], width))
       if tanh is not None:
         ds *= 1 - tanh * tanh
       acc_ref[...] += _nn(ds.astype(k.dtype), picked)
@@ -648,17 +661,9 @@ def _backward_q(q, k, v, dout, statistics, lists, settings):
     "block_sparse_attention_dq",
     on.grid,
     (on.blocks, on.codes),
-    (
-      _flat(q),
-      _flat(dout),
-      statistics,
-      *[_flat(k)] * fuse,
-      *[_flat(v)] * fuse,
-      *integers,
-    ),
-    [query, query, on.statistics(2), *keys, *keys, *integer_specs],
+    operands,
     jax.ShapeDtypeStruct(_flat(q).shape, q.dtype),
-    query,
+    on.query,
     [pltpu.VMEM((shape.block_q, n), f32) for n in (LANES, LANES, dim)],
     3,
     settings,
@@ -671,24 +676,23 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
 
   The heads of a group are edges of the same key block, and summed here.
   """
-  fuse = _fused_queries(settings)
+  fuse = _fused(settings, settings.block_q)
   shape = dataclasses.replace(_Shape.of(q, k, lists, settings), fuse=fuse)
   s = shape
   blocks, codes, edges, slots, steps = by_key(lists, shape)
-  names = _needs(lists, settings, shape)
-  members = "members" in names
+  members = lists.members is not None
   prefetch = (blocks, codes, edges) + ((slots,) if members else ())
   width = fuse * s.block_q
   row = lambda b, h, j: (b * s.kv_heads + h) * steps + j
 
-  def at_key(*block):
-    def index(b, h, j, blocks, *_):
-      return b, blocks[row(b, h, j)], h
-
-    return pl.BlockSpec(block, index)
+  def at_key(block, index):
+    """`index` takes b, key head, key block."""
+    return pl.BlockSpec(
+      block, lambda b, h, j, blocks, *_: index(b, h, blocks[row(b, h, j)])
+    )
 
   def at_query(block, index):
-    """One spec a fused edge; `index` takes b, query head, query block."""
+    """A spec for each fused edge; `index` takes b, query head, query block."""
 
     def of(r):
       def at(b, h, j, blocks, codes, edges, *_):
@@ -700,68 +704,25 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
 
     return [of(r) for r in range(fuse)]
 
-  arrays = [_flat(k), _flat(v)]
-  specs = [at_key(None, s.block_kv, s.dim)] * 2
-  query = at_query((None, s.block_q, s.dim), lambda b, h, i: (b, i, h))
-  many = []  # operands with one ref an edge, in order
-
-  def add(name, array, found):
-    many.append(name)
-    arrays.extend([array] * fuse)
-    specs.extend(found)
-
-  add("q", _flat(q), query)
-  add("dout", _flat(dout), query)
-  add(
-    "statistics",
-    statistics,
-    at_query((None, None, None, 2, s.block_q), lambda b, h, i: (b, h, i, 0, 0)),
-  )
-  for name in names:
-    x = getattr(lists, name)
-    if name.startswith("q_"):
-      lead = x.shape[0]
-      add(
-        name,
-        _as_rows(x, s.block_q),
-        at_query(
-          (None, None, 1, s.block_q),
-          lambda b, h, i, lead=lead: (_pick(b, lead), i, 0, 0),
-        ),
-      )
-    elif name == "members":
-      lead, words = x.shape[:2], x.shape[3]
-      add(
-        name,
-        lax.bitcast_convert_type(x, jnp.int32),
-        at_query(
-          (None, None, None, words, s.block_q),
-          lambda b, h, i, lead=lead: (
-            _pick(b, lead[0]), _pick(h, lead[1]), i, 0, 0),
-        ),
-      )  # fmt: skip
-  ones = [name for name in names if name.startswith("kv_")]
-  for name in ones:
-    x = getattr(lists, name)
-    lead = x.shape[:2]
-
-    def at(b, h, j, blocks, *_, lead=lead):
-      block = blocks[row(b, h, j)]
-      return _pick(b, lead[0]), _pick(h, lead[1]), block, 0, 0
-
-    arrays.append(_as_rows(x, s.block_kv))
-    specs.append(pl.BlockSpec((None, None, None, 1, s.block_kv), at))
+  operands, along = _Operands(), lambda b, h, i: (b, i, h)
+  key = at_key((None, s.block_kv, s.dim), along)
+  query = at_query((None, s.block_q, s.dim), along)
+  operands.add("k", _flat(k), key)
+  operands.add("v", _flat(v), key)
+  operands.add("q", _flat(q), query)
+  operands.add("dout", _flat(dout), query)
+  rows = (None, None, None, 2, s.block_q)
+  of_rows = at_query(rows, lambda b, h, i: (b, h, i, 0, 0))
+  operands.add("statistics", statistics, of_rows)
+  for name, x, *spec in _integers(lists, settings, shape):
+    at = at_key if name.startswith("kv_") else at_query
+    operands.add(name, x, at(*spec))
 
   def body(*refs):
     prefetched, refs = refs[: len(prefetch)], refs[len(prefetch) :]
     blocks_ref, codes_ref, edges_ref = prefetched[:3]
-    k_ref, v_ref, *refs = refs
-    of = {}
-    for name in many:
-      of[name], refs = refs[:fuse], refs[fuse:]
-    for name in ones:
-      of[name], refs = refs[:1], refs[1:]
-    dk_ref, dv_ref, dk_acc, dv_acc = refs
+    refs, (dk_ref, dv_ref, dk_acc, dv_acc) = operands.split(refs)
+    (k_ref,), (v_ref,) = refs["k"], refs["v"]
     b, h, j = (pl.program_id(axis) for axis in range(3))
     step = row(b, h, j)
     code = codes_ref[step]
@@ -771,20 +732,16 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
       full = (s.block_kv, width)
       here = _lay(run, s.block_q) == 1
       column = lambda x: _wide(_column(x), width)
-      if width % LANES:
-        column = lambda x: jnp.broadcast_to(
-          _column(x)[:, :1], (s.block_kv, width)
-        )
-      if "kv_positions" in of:
-        k_at = column(of["kv_positions"][0][...])
+      if "kv_positions" in refs:
+        k_at = column(refs["kv_positions"][0][...])
       else:
         k_at = blocks_ref[step] * s.block_kv
         k_at += lax.broadcasted_iota(jnp.int32, full, 0)
         if settings.padded:
           k_at = jnp.where(k_at < settings.kv_len, k_at, lists_lib.NOWHERE)
       q_at = q_in = k_in = bits = None
-      if "q_positions" in of:
-        q_at = _stack(of["q_positions"], 1)
+      if "q_positions" in refs:
+        q_at = _stack(refs["q_positions"], 1)
       elif settings.rule is not None:
         low = (1 << HEAD_SHIFT) - 1
         starts = [
@@ -792,12 +749,12 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
         ]
         lane = lax.broadcasted_iota(jnp.int32, (1, width), 1) % s.block_q
         q_at = _lay(starts, s.block_q) + lane
-      if "q_segments" in of:
-        q_in = _stack(of["q_segments"], 1)
-        k_in = column(of["kv_segments"][0][...])
-      if members:
+      if "q_segments" in refs:
+        q_in = _stack(refs["q_segments"], 1)
+        k_in = column(refs["kv_segments"][0][...])
+      if "members" in refs:
         found = []
-        for r, ref in enumerate(of["members"]):
+        for r, ref in enumerate(refs["members"]):
           slot = prefetched[3][step * fuse + r]
           word = ref[pl.ds(slot // block_mask.MEMBER_BITS, 1), :]
           shift = jnp.full(word.shape, slot % block_mask.MEMBER_BITS)
@@ -812,11 +769,11 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
       dv_acc[...] = jnp.zeros_like(dv_acc)
 
     def attend(cut):
-      queries, grads = _stack(of["q"]), _stack(of["dout"])
+      queries, grads = _stack(refs["q"]), _stack(refs["dout"])
       line = lambda n: (
-        of["statistics"][0][n : n + 1]
+        refs["statistics"][0][n : n + 1]
         if fuse == 1
-        else jnp.concatenate([r[n : n + 1] for r in of["statistics"]], 1)
+        else jnp.concatenate([r[n : n + 1] for r in refs["statistics"]], 1)
       )
       scores, tanh = _logits(k_ref[...], queries, settings)
       p = jnp.exp2(scores - line(0))
@@ -845,10 +802,9 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
     "block_sparse_attention_dkv",
     (s.batch, s.kv_heads, steps),
     prefetch,
-    arrays,
-    specs,
+    operands,
     [jax.ShapeDtypeStruct(_flat(x).shape, x.dtype) for x in (k, v)],
-    [at_key(None, s.block_kv, s.dim)] * 2,
+    [key, key],
     [pltpu.VMEM((s.block_kv, s.dim), f32)] * 2,
     2,
     settings,

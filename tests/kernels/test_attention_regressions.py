@@ -7,6 +7,8 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import rules
+from pallas_kernels.block_sparse_attention import lists
+from pallas_kernels.block_sparse_attention import tpu
 from tests import common
 from tests.kernels import problem
 from tests.kernels import test_block_mask as tbm
@@ -317,6 +319,13 @@ def test_lists_beyond_the_scalar_memory():
   )
   with pytest.raises(ValueError, match=r"room for lists of \d+ bytes"):
     jax.eval_shape(lambda *x: problem.TPU(*x, mask), x, x, x)
+
+
+def test_a_step_fills_the_lanes():
+  settings = lambda fuse: lists.Settings(16, 16, scale=1.0, fuse=fuse)
+  assert [tpu._fused(settings(1), size) for size in (16, 64, 512)] == [8, 2, 1]
+  with pytest.raises(ValueError, match="^fuse is 3; it takes 1, 2, 4 or 8"):
+    tpu._fused(settings(3), 128)
 
 
 def test_a_ring_has_no_reference():
