@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels import rules
 from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.block_sparse_attention import lists
 from pallas_kernels.block_sparse_attention import tpu
 
 
@@ -101,11 +102,11 @@ def cost(mask, q_shape, kv_shape, *, dtype, backward=False) -> Cost:
   statistic = 4 * b * s * h
   q_bytes, kv_bytes = b * s * h * d * size, 2 * b * t * kv_heads * d * size
   kv_of_pairs = edges * 2 * mask.block_kv * d * size
-  smem = _smem(mask, b, h, kv_heads)
+  by_query, by_key = _smem(mask, q_shape, kv_shape)
   members = 0
   if mask.members is not None:
     members = 4 * mask.members.size * (b // lead_b) * (h // lead_h)
-  read = q_bytes + kv_of_pairs + smem["forward"] + members
+  read = q_bytes + kv_of_pairs + by_query + members
   written = q_bytes + statistic
   if backward:
     read += 2 * q_bytes  # out and dout, for delta
@@ -114,7 +115,7 @@ def cost(mask, q_shape, kv_shape, *, dtype, backward=False) -> Cost:
     read += edges * mask.block_q * (2 * d * size + 2 * 4)
     if mask.members is not None:
       read += edges * 4 * mask.members.shape[3] * mask.block_q
-    read += smem["dq"] + smem["dkv"]
+    read += by_query + by_key
     written += statistic + q_bytes + kv_bytes  # delta, dQ, dK and dV
   return Cost(
     blocks=edges,
@@ -122,7 +123,7 @@ def cost(mask, q_shape, kv_shape, *, dtype, backward=False) -> Cost:
     dense_flops=products * dense_product,
     bytes_read=read,
     bytes_written=written,
-    smem_bytes=max(smem.values()) if backward else smem["forward"],
+    smem_bytes=max(by_query, by_key) if backward else by_query,
   )
 
 
@@ -196,26 +197,16 @@ def _edges(mask, s, t):
   return edges
 
 
-def _smem(mask, b, h, kv_heads):
-  """Bytes of the lists of each TPU kernel: flat int32 arrays."""
-  lead_b, lead_h, nq, slots = mask.indices.shape
-  group = h // kv_heads
-  nk = mask.kv_blocks * (mask.max_level + 1)
-  if mask.columns is not None:  # they are blocks of their own
-    blocks = -(-mask.columns.shape[-1] // mask.block_kv)
-    slots += blocks
-    nk += (group if lead_h > 1 else 1) * nq * blocks
-  # Steps of a list take `fuse` blocks at once, and have a code each.
-  fuse = min(tpu.FUSED_KEYS // mask.block_kv, tpu.MAX_FUSE)
-  least = max(tpu.LANES // mask.block_kv, 1)
-  while fuse > least and fuse >= 2 * slots:
-    fuse //= 2
-  fuse = max(fuse, least)
-  by_query = 4 * lead_b * lead_h * nq * -(-slots // fuse) * (fuse + 1)
-  # By key, a step has a block, a code and `fuse` edges, with members slots.
-  rows = max(mask.block_q, tpu.ROWS)
-  fuse = max(min(tpu.FUSED_KEYS // rows, tpu.MAX_FUSE), 1)
-  steps = -(-group * nq * slots // fuse) + nk
-  of_edge = 1 if mask.members is None else 2
-  by_key = 4 * b * kv_heads * steps * (2 + fuse * of_edge)
-  return dict(forward=by_query, dq=by_query, dkv=by_key)
+def _smem(mask, q_shape, kv_shape):
+  """Bytes of the lists of the TPU kernels, by query and by key."""
+  settings = lists.Settings(
+    block_q=mask.block_q, block_kv=mask.block_kv, scale=1.0, arange=True
+  )
+
+  def prepared(q, k, mask):
+    positions = tuple(jnp.arange(x.shape[1])[None] for x in (q, k))
+    return lists.prepare(q, k, k, mask, positions, None, settings)[:4]
+
+  q, k = (jax.ShapeDtypeStruct(x, jnp.float32) for x in (q_shape, kv_shape))
+  q, k, _, prefetched = jax.eval_shape(prepared, q, k, mask)
+  return tpu.smem_bytes(q, k, prefetched, settings)

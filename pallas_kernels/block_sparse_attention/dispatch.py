@@ -15,7 +15,7 @@ def _lacks(q, k, lists, settings):
   """What the TPU kernel cannot do of a call, or None."""
   if settings.skip_threshold:
     return "skip_threshold"
-  taken = tpu.smem_bytes(q, k, lists, settings)
+  taken = max(tpu.smem_bytes(q, k, lists, settings))
   if q.size and k.size and taken > tpu.SMEM:
     return f"room for lists of {taken} bytes (SMEM holds {tpu.SMEM})"
   return None

@@ -137,8 +137,14 @@ class _Shape:
 # every row would be padded in SMEM.
 
 
-def smem_bytes(q, k, lists, settings) -> int:
-  """What the prefetched lists of the larger pass take."""
+def smem_bytes(q, k, lists, settings) -> tuple[int, int]:
+  """What the lists of a kernel take: of forward and dq, and of dk and dv.
+
+  Args:
+    q: anything that has its shape; so are k and what is in lists.
+    lists: prepared Lists.
+    settings: Settings.
+  """
   shape = _Shape.of(q, k, lists, settings)
   tiles = shape.list_batch * shape.list_heads * shape.nq
   by_query = tiles * shape.steps * (shape.fuse + 1)
@@ -147,7 +153,7 @@ def smem_bytes(q, k, lists, settings) -> int:
   steps = -(-edges // fuse) + shape.nk
   lists_of_a_step = 2 + fuse * (2 if lists.members is not None else 1)
   by_key = shape.batch * shape.kv_heads * steps * lists_of_a_step
-  return 4 * max(by_query, by_key)
+  return 4 * by_query, 4 * by_key
 
 
 def _fused(settings, block) -> int:

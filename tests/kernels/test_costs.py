@@ -160,6 +160,16 @@ def test_nothing_listed_or_nothing_there():
   assert found.arithmetic_intensity == 0
 
 
+@pytest.mark.parametrize("queries,keys", [(32, 0), (0, 32), (0, 0)])
+def test_empty_arrays(queries, keys):
+  lists = np.zeros((1, 1, queries // 16, 2), int)
+  mask = pk.BlockMask(
+    lists, block_q=16, block_kv=16, kv_blocks=keys // 16, rule=CAUSAL
+  )
+  found = costs.cost(mask, (1, queries, 1, 8), (1, keys, 1, 8), dtype="float32")
+  assert found.blocks == found.flops == found.dense_flops == 0
+
+
 @pytest.mark.parametrize(
   "q_shape,kv_shape,match",
   [
