@@ -324,7 +324,7 @@ def test_lists_beyond_the_scalar_memory():
 def test_a_step_fills_the_lanes():
   settings = lambda fuse: lists.Settings(16, 16, scale=1.0, fuse=fuse)
   assert [tpu._fused(settings(1), size) for size in (16, 64, 512)] == [8, 2, 1]
-  with pytest.raises(ValueError, match="^fuse is 3; it takes 1, 2, 4 or 8"):
+  with pytest.raises(ValueError, match=r"^fuse is 3; it takes 1, 2, 4 or 8"):
     tpu._fused(settings(3), 128)
 
 
