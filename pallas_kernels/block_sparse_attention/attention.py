@@ -60,7 +60,7 @@ def block_sparse_attention(
     kv_segment_ids: int32 [T] or [B, T]; given together with `q_segment_ids`.
     skip_threshold: None, or a number in [0, 1): a block is skipped whose
       probability, against the largest logit so far, is below it in every row of
-      the tile. At 0 nothing is.
+      the tile. At 0 nothing is. Not for a mask that has `level`.
     return_lse: also return the log-sum-exp of each row's logits (and its sink).
     return_block_mass: None, "sum" or "max": also return the sum or maximum of
       the probabilities in each listed block, without a gradient. This is a

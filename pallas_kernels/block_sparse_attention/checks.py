@@ -70,6 +70,11 @@ def check(
     raise ValueError(
       f"skip_threshold is {skip_threshold}; it must be in [0, 1)."
     )
+  if skip_threshold and mask.level is not None:
+    raise ValueError(
+      f"skip_threshold is {skip_threshold}; with a mask that has level it must "
+      "be None, since a run of keys has no one probability to hold against it."
+    )
   if block_mass not in (None, "sum", "max"):
     raise ValueError(
       f"return_block_mass is {block_mass!r}; it takes None, 'sum' or 'max'."
