@@ -13,8 +13,6 @@ from pallas_kernels.block_sparse_attention import xla
 
 def _lacks(q, k, lists, settings):
   """What the TPU kernel cannot do of a call, or None."""
-  if settings.skip_threshold:
-    return "skip_threshold"
   taken = max(tpu.smem_bytes(q, k, lists, settings))
   if q.size and k.size and taken > tpu.SMEM:
     return f"room for lists of {taken} bytes (SMEM holds {tpu.SMEM})"

@@ -164,17 +164,19 @@ def _fused(settings, block) -> int:
   return max(fuse, LANES // block)
 
 
-def by_query(lists, shape):
+def by_query(lists, shape, settings):
   """Flat (blocks, codes) for the forward and dq kernels.
 
   Slots that are not run repeat the block before, whose copy is then there.
   Whole blocks come first, so that few steps need a mask; with members the order
-  stays, since their bits are counted by slot.
+  stays, since their bits are counted by slot, and with a skip_threshold, which
+  asks what came before.
   """
   classes = lists.classes  # of more batches and heads than a shared list
   indices = jnp.broadcast_to(lists.indices, classes.shape)
   run = classes > rules.SKIP
-  if shape.fuse > 1 and lists.members is None:
+  in_order = lists.members is not None or settings.skip_threshold
+  if shape.fuse > 1 and not in_order:
     order = jnp.argsort(-classes, axis=-1, stable=True)
     indices, classes, run = (
       jnp.take_along_axis(x, order, -1) for x in (indices, classes, run)
@@ -251,7 +253,7 @@ def by_key(lists, shape):
 
 
 def _needs(lists, settings, shape):
-  """Which integers the masked bodies read: names of optional operands."""
+  """Which integers the bodies read: names of optional operands."""
   names = []
   if settings.masked:
     if settings.rule is not None and not settings.arange:
@@ -262,6 +264,8 @@ def _needs(lists, settings, shape):
       names += ["q_segments", "kv_segments"]
     if lists.members is not None:
       names.append("members")
+  if settings.skip_threshold and "q_positions" not in names:
+    names.append("q_positions")  # which rows are padding
   return names
 
 
@@ -304,7 +308,7 @@ class _Operands:
 
 
 def _integers(lists, settings, shape):
-  """What the masked bodies read: (name, array, block, index) of each operand.
+  """What `_needs` names: (name, array, block, index) of each operand.
 
   `index` takes b, a head and a block: of queries and a query head, or, where
   the name begins with kv, of keys and a key head.
@@ -366,7 +370,7 @@ class _ByQuery:
 
   def __init__(self, lists, settings, shape):
     self.settings, self.shape = settings, shape
-    self.blocks, self.codes = by_query(lists, shape)
+    self.blocks, self.codes = by_query(lists, shape, settings)
     self.grid = (shape.batch, shape.heads, shape.nq, shape.steps)
     self.query = self.at_query(
       (None, shape.block_q, shape.dim), lambda b, h, i: (b, i, h)
@@ -407,7 +411,7 @@ class _ByQuery:
     )
 
   def add_keys(self, operands, k, v):
-    """Adds keys, values, and the integers that the masked body reads."""
+    """Adds keys, values, and integers."""
     operands.add("k", _flat(k), self.keys)
     operands.add("v", _flat(v), self.keys)
     for name, x, *spec in self.integers:
@@ -455,6 +459,30 @@ class _ByQuery:
       _allowed(q_at, k_at, q_in, k_in, bits, self.settings), shape
     )
 
+  def kept(self, s, refs, top, j):
+    """Scalars: whether BLASST keeps each block of a step.
+
+    Args:
+      s: base-2 logits, [block_q, width], -inf where unreadable.
+      refs: of the operands.
+      top: the maximum of each row so far, [block_q, 128] with equal lanes.
+      j: the number of the step.
+    """
+    shape, settings = self.shape, self.settings
+    padding = _column(refs["q_positions"][0][...])[:, :1] == lists_lib.NOWHERE
+    lane = lax.broadcasted_iota(jnp.int32, (1, shape.width), 1)
+    best, found = top[:, :1], []
+    for r in range(shape.fuse):
+      mine = s
+      if shape.fuse > 1:
+        mine = jnp.where(lane // shape.block_kv == r, s, -jnp.inf)
+      highest = mine.max(1, keepdims=True)
+      best = jnp.maximum(best, highest)  # a skipped block does not change it
+      low = highest - best < math.log2(settings.skip_threshold)
+      some = jnp.max(jnp.where(low | padding, 0.0, 1.0)) > 0
+      found.append(some | (j * shape.fuse + r >= settings.skippable))
+    return found
+
 
 def _logits(q, keys, settings):
   """Base-2 logits of scaled queries, and the tanh of a soft cap."""
@@ -478,12 +506,13 @@ def _widen(x, to):
   return jnp.pad(x, [(0, 0)] * 3 + [(0, to - x.shape[-1])])
 
 
-def _tall(x, nq, rows):
+def _tall(x, nq, rows, fill=0):
   """Tiles of fewer than `rows` queries are filled up, [B, S, ...]."""
   tiles = x.reshape(x.shape[0], nq, -1, *x.shape[2:])
   pad = [(0, 0)] * tiles.ndim
   pad[2] = (0, rows - tiles.shape[2])
-  return jnp.pad(tiles, pad).reshape(x.shape[0], nq * rows, *x.shape[2:])
+  tiles = jnp.pad(tiles, pad, constant_values=fill)
+  return tiles.reshape(x.shape[0], nq * rows, *x.shape[2:])
 
 
 def _short(x, nq, rows):
@@ -497,7 +526,6 @@ def _fit(lists, settings):
   if settings.block_q >= ROWS:
     return lists, settings
   nq = lists.indices.shape[2]
-  grow = lambda x: _tall(x[..., None], nq, ROWS)[..., 0]
   members, segments = lists.members, lists.q_segments
   if members is not None:
     pad = [(0, 0)] * 4 + [(0, ROWS - settings.block_q)]
@@ -505,8 +533,8 @@ def _fit(lists, settings):
   lists = dataclasses.replace(
     lists,
     members=members,
-    q_positions=grow(lists.q_positions),
-    q_segments=None if segments is None else grow(segments),
+    q_positions=_tall(lists.q_positions, nq, ROWS, lists_lib.NOWHERE),
+    q_segments=None if segments is None else _tall(segments, nq, ROWS),
   )
   # Positions are no longer indices.
   return lists, dataclasses.replace(settings, block_q=ROWS, arange=False)
@@ -519,15 +547,15 @@ def _of_rows(x, shape):
 
 
 def forward(q, k, v, lists, settings):
-  """Output, natural log-sum-exp, and None; as xla.forward."""
+  """Output, natural log-sum-exp, and what was kept; as xla.forward."""
   nq, rows, dim = lists.indices.shape[2], settings.block_q, q.shape[-1]
   lists, settings = _fit(lists, settings)
   lanes = -(-dim // LANES) * LANES
   q, k, v = (_widen(x, lanes) for x in (q, k, v))
   q = _tall(q, nq, settings.block_q)
-  out, lse = _forward(_scaled(q, settings), k, v, lists, settings)
+  out, lse, kept = _forward(_scaled(q, settings), k, v, lists, settings)
   out = _short(out[..., :dim], nq, rows)
-  return out, _short(lse, nq, rows), None
+  return out, _short(lse, nq, rows), kept
 
 
 def _forward(q, k, v, lists, settings):
@@ -536,10 +564,11 @@ def _forward(q, k, v, lists, settings):
   operands.add("q", _flat(q), on.query)
   on.add_keys(operands, k, v)
   width, dim = shape.width, shape.dim
+  skipping = settings.skip_threshold
 
   def body(blocks_ref, codes_ref, *refs):
-    refs, rest = operands.split(refs)
-    out_ref, lse_ref, top_ref, total_ref, acc_ref = rest
+    refs, (out_ref, lse_ref, *rest) = operands.split(refs)
+    *kept_ref, top_ref, total_ref, acc_ref = rest
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
     step = on.row(b, h, i) + j
     code = codes_ref[step]
@@ -550,11 +579,25 @@ def _forward(q, k, v, lists, settings):
       total_ref[...] = jnp.zeros_like(total_ref)
       acc_ref[...] = jnp.zeros_like(acc_ref)
 
+    if skipping:
+      kept_ref[0][0, j] = 0
+
     def attend(cut):
       s, _ = _logits(refs["q"][0][...], _stack(refs["k"]), settings)
       if cut:
         ok = on.mask(refs, blocks_ref, code, step * shape.fuse, i, j)
         s = jnp.where(ok, s, -jnp.inf)
+      if not skipping:
+        return accumulate(s)
+      kept = on.kept(s, refs, top_ref[...], j)
+      ones = [x.astype(jnp.int32) for x in kept]
+      bits = functools.reduce(jnp.add, [x << r for r, x in enumerate(ones)])
+      kept_ref[0][0, j] = bits
+      if shape.fuse > 1:
+        s = jnp.where(_lay(ones, shape.block_kv) == 1, s, -jnp.inf)
+      pl.when(bits > 0)(lambda: accumulate(s))
+
+    def accumulate(s):
       old = top_ref[...]
       new = jnp.maximum(old, s.max(1, keepdims=True))
       decay = jnp.exp2(old - new)
@@ -579,28 +622,44 @@ def _forward(q, k, v, lists, settings):
       lse_ref[...] = jnp.where(some, lse, -jnp.inf).T[:1]
 
   s = shape
-  out, lse = _call(
+  outputs = [
+    jax.ShapeDtypeStruct(_flat(q).shape, q.dtype),
+    jax.ShapeDtypeStruct((s.batch, s.heads, s.nq, 1, s.block_q), f32),
+  ]
+  specs = [on.query, on.statistics(1)]
+  if skipping:  # a word a step, a bit a block
+    words = (1, s.steps)
+    outputs.append(
+      jax.ShapeDtypeStruct((s.batch, s.heads, s.nq, *words), jnp.int32)
+    )
+    at = lambda b, h, i, j, *_: (b, h, i, 0, 0)
+    specs.append(
+      pl.BlockSpec((None, None, None, *words), at, memory_space=pltpu.SMEM)
+    )
+  out, lse, *kept = _call(
     body,
     "block_sparse_attention_forward",
     on.grid,
     (on.blocks, on.codes),
     operands,
-    [
-      jax.ShapeDtypeStruct(_flat(q).shape, q.dtype),
-      jax.ShapeDtypeStruct((s.batch, s.heads, s.nq, 1, s.block_q), f32),
-    ],
-    [on.query, on.statistics(1)],
+    outputs,
+    specs,
     [pltpu.VMEM((s.block_q, n), f32) for n in (LANES, LANES, dim)],
     3,
     settings,
   )
   lse = jnp.swapaxes(lse.reshape(s.batch, s.heads, -1), 1, 2)
-  return out.reshape(q.shape), lse
+  if skipping:
+    bits = (kept[0].mT >> jnp.arange(s.fuse)) & 1
+    kept = [bits.reshape(*bits.shape[:3], -1)[..., : s.slots] == 1]
+  return out.reshape(q.shape), lse, kept[0] if kept else None
 
 
 def backward(q, k, v, lists, lse, delta, dout, settings):
   """Gradients of q, k and v; as xla.backward."""
   nq, rows, dim = lists.indices.shape[2], settings.block_q, q.shape[-1]
+  # What was skipped is not in the lists.
+  settings = dataclasses.replace(settings, skip_threshold=None)
   lists, settings = _fit(lists, settings)
   lanes = -(-dim // LANES) * LANES
   k, v = (_widen(x, lanes) for x in (k, v))

@@ -32,7 +32,6 @@ class Backend:
 
   Attributes:
     options: what `block_sparse_attention` is called with.
-    lacks: arguments that it refuses, with values it would refuse.
     rounds_products: whether probabilities are rounded to the dtype of q before
       they are multiplied.
     slow: whether all its tests are for make test-all.
@@ -40,7 +39,6 @@ class Backend:
 
   name: str
   options: tuple
-  lacks: tuple = ()
   rounds_products: bool = False
   slow: bool = False
 
@@ -57,7 +55,6 @@ def _tpu(name, interpret, **fields):
   return Backend(
     name,
     (("backend", "tpu"), ("interpret", interpret)),
-    lacks=(("skip_threshold", 0.5),),
     rounds_products=True,
     **fields,
   )

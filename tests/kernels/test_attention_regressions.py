@@ -37,7 +37,7 @@ SKIP = dict(
 )
 
 
-@problem.each(REFERENCE, XLA)
+@problem.each(REFERENCE, XLA, problem.TPU, slow=(problem.TPU,))
 @pytest.mark.parametrize("name", SKIP)
 def test_skip(backend, name):
   problem.compare(backend, SKIP[name])

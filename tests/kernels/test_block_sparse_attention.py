@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import aot
 from pallas_kernels.block_sparse_attention import xla
 from tests import common
 from tests.kernels import problem
+from tests.kernels import test_aot
 from tests.kernels.problem import Case
 from tests.kernels.problem import REFERENCE
 from tests.kernels.problem import XLA
@@ -98,6 +100,29 @@ CASES = dict(
   skip_single=Case(
     skip_threshold=0.05, spread=1.5, keys=70, full=True, block_q=1, queries=6
   ),
+  # Of several steps of the TPU kernel.
+  skip_steps=Case(
+    batch=1,
+    heads=2,
+    kv_heads=1,
+    queries=20,
+    keys=300,
+    full=True,
+    skip_threshold=0.3,
+    spread=0.3,
+    columns=3,
+  ),
+  skip_wide_steps=Case(
+    batch=1,
+    heads=2,
+    kv_heads=1,
+    queries=20,
+    keys=1100,
+    block_kv=128,
+    full=True,
+    skip_threshold=0.5,
+    spread=0.3,
+  ),
   skip_nothing=Case(skip_threshold=0.0, spread=0.8, keys=100, full=True),
 )
 # What is compared on every run, by backend; the rest is for make test-all.
@@ -115,15 +140,14 @@ QUICK = dict(
   tpu=("softcap",),
 )
 # In search of races.
-RACING = ("plain", "everything", "single_everything")
+RACING = ("plain", "everything", "single_everything", "skip_members")
 
 
 def cases():
   found = []
   for backend in (*problem.BACKENDS, problem.RACES):
     for name, case in CASES.items():
-      lacking = [n for n, _ in backend.lacks if getattr(case, n) is not None]
-      if lacking or (backend is problem.RACES and name not in RACING):
+      if backend is problem.RACES and name not in RACING:
         continue
       late = name not in QUICK.get(backend.name, ())
       marks = pytest.mark.slow if late else ()
@@ -186,15 +210,6 @@ def test_lists_beyond_one_chunk():
     sinks=True,
   )
   problem.compare(XLA, case)
-
-
-@problem.each_backend
-def test_what_a_backend_lacks(backend):
-  made = problem.make(Case())
-  arrays = [made.arrays[n] for n in "qkv"]
-  for name, value in backend.lacks:
-    with pytest.raises(ValueError, match=rf"backend 'tpu'.* {name}"):
-      backend(*arrays, made.mask, **{name: value})
 
 
 # Dense attention, as jax.nn has it.
@@ -662,7 +677,7 @@ def test_shard_map_with_check_vma(backend, shared):
 # BLASST.
 
 
-@problem.each(REFERENCE, XLA, slow=(REFERENCE,))
+@problem.xla_first
 def test_skipping_is_bounded_and_monotone(backend):
   case = Case(queries=48, keys=128, full=True, spread=2.0, rule=banded)
   made = problem.make(case)
@@ -694,6 +709,30 @@ def test_skipping_is_bounded_and_monotone(backend):
     assert (missing <= bound + 1e-5).all(), threshold
     assert (missing >= -1e-5).all()
   assert 0.1 < kept.sum() / readable.sum() < 0.7
+
+
+@test_aot.needs_tpu
+@pytest.mark.parametrize("block,rule", [(16, None), (128, CAUSAL)])
+def test_skipping_compiles_for_tpu(block, rule):
+  tokens, heads = 1024, 2
+  x = jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16)
+  indices = jax.ShapeDtypeStruct((1, 1, tokens // block, 8), jnp.int32)
+
+  def loss(q, k, v, indices):
+    mask = pk.BlockMask(
+      indices,
+      block_q=block,
+      block_kv=block,
+      kv_blocks=tokens // block,
+      rule=rule,
+    )
+    out = pk.block_sparse_attention(
+      q, k, v, mask, skip_threshold=0.01, backend="tpu"
+    )
+    return out.astype(jnp.float32).sum()
+
+  compiled = aot.compile_for(jax.grad(loss, (0, 1, 2)), x, x, x, indices)
+  assert len(compiled.kernels) == 3
 
 
 # Memory.
@@ -777,9 +816,9 @@ def a_mask(lead=(1, 1), queries=40, keys=40, **changed):
   return pk.BlockMask(np.zeros(shape, int), **static)
 
 
-def with_level():
-  level = np.zeros((1, 1, 3, 2), int)
-  return a_mask(level=level)
+def with_level(tokens=40):
+  level = np.zeros((1, 1, -(-tokens // 16), 2), int)
+  return a_mask(queries=tokens, keys=tokens, level=level)
 
 
 BAD = [
@@ -826,6 +865,16 @@ BAD = [
   (dict(skip_threshold=1.0), r"^skip_threshold is 1\.0; .* \[0, 1\)"),
   (dict(skip_threshold=-0.1), r"^skip_threshold is -0\.1"),
   (dict(skip_threshold=float("nan")), "^skip_threshold is nan"),
+  (
+    dict(
+      skip_threshold=0.1,
+      mask=with_level(32),
+      q=zeros(2, 32, 4, 8),
+      k=zeros(2, 32, 2, 8),
+      v=zeros(2, 32, 2, 8),
+    ),
+    r"^skip_threshold is 0\.1; with a mask that has level",
+  ),
   (dict(return_block_mass="mean"), "^return_block_mass is 'mean'; .* 'max'"),
   (dict(return_block_mass=True), "^return_block_mass is True"),
   (dict(backend="cuda"), "^backend is 'cuda'; it takes None or one of"),
