@@ -102,6 +102,10 @@ class _Shape:
     return self.heads // self.kv_heads
 
   @property
+  def list_kv_heads(self):
+    return self.kv_heads if self.list_heads > 1 else 1
+
+  @property
   def steps(self):
     return -(-self.slots // self.fuse)
 
@@ -152,7 +156,7 @@ def smem_bytes(q, k, lists, settings) -> tuple[int, int]:
   edges = shape.group * shape.nq * shape.slots
   steps = -(-edges // fuse) + shape.nk
   lists_of_a_step = 2 + fuse * (2 if lists.members is not None else 1)
-  by_key = shape.batch * shape.kv_heads * steps * lists_of_a_step
+  by_key = shape.list_batch * shape.list_kv_heads * steps * lists_of_a_step
   return 4 * by_query, 4 * by_key
 
 
@@ -200,12 +204,13 @@ def by_key(lists, shape):
 
   A step holds up to `fuse` edges of one key block; an edge is a query
   block of a query head. Every key block has a step, so that all of dk and dv
-  is written. The number of steps is static, that of the worst case.
+  is written. The number of steps is static, that of the worst case. Key heads
+  that share their lists count the query heads from their own first.
   """
-  b, hkv, group = shape.batch, shape.kv_heads, shape.group
+  b, hkv, group = shape.list_batch, shape.list_kv_heads, shape.group
   edges = group * shape.nq * shape.slots
   spread = lambda x: jnp.broadcast_to(
-    x, (b, shape.heads, shape.nq, shape.slots)
+    x, (b, hkv * group, shape.nq, shape.slots)
   ).reshape(b * hkv, edges)
   indices, classes = spread(lists.indices), spread(lists.classes)
   if lists.edges is None:
@@ -220,7 +225,7 @@ def by_key(lists, shape):
   classes = jnp.take_along_axis(classes, order, -1)
   steps = -(-edges // shape.fuse) + shape.nk
 
-  def one(key, classes, order, kv_head):
+  def one(key, classes, order, first_head):
     bounds = jnp.searchsorted(key, jnp.arange(shape.nk + 1))
     begin, end = bounds[:-1], bounds[1:]
     needed = jnp.maximum(-(-(end - begin) // shape.fuse), 1)
@@ -238,13 +243,14 @@ def by_key(lists, shape):
     code = (run << jnp.arange(shape.fuse)).sum(-1) + WHOLE * whole
     code += FIRST * (within == 0) + LAST * (within == needed[block] - 1)
     edge = order[places]
-    head = kv_head * group + edge // (shape.slots * shape.nq)
+    head = first_head + edge // (shape.slots * shape.nq)
     slot = edge % shape.slots
     edge = (head << HEAD_SHIFT) + edge // shape.slots % shape.nq
     return block, code, edge, slot
 
-  kv_heads = jnp.tile(jnp.arange(hkv, dtype=jnp.int32), b)
-  found = jax.vmap(one)(key, classes, order, kv_heads)
+  # Alone in its group a query head is the key head, which the kernel knows.
+  first_head = jnp.arange(hkv, dtype=jnp.int32) * (group if group > 1 else 0)
+  found = jax.vmap(one)(key, classes, order, jnp.tile(first_head, b))
   return *(x.reshape(-1).astype(jnp.int32) for x in found), steps
 
 
@@ -748,7 +754,10 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
   members = lists.members is not None
   prefetch = (blocks, codes, edges) + ((slots,) if members else ())
   width = fuse * s.block_q
-  row = lambda b, h, j: (b * s.kv_heads + h) * steps + j
+
+  def row(b, h, j):
+    which = _pick(b, s.list_batch) * s.list_kv_heads
+    return (which + _pick(h, s.list_kv_heads)) * steps + j
 
   def at_key(block, index):
     """`index` takes b, key head, key block."""
@@ -762,7 +771,11 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
     def of(r):
       def at(b, h, j, blocks, codes, edges, *_):
         edge = edges[row(b, h, j) * fuse + r]
+        if s.group == 1:
+          return index(b, h, edge)
         head, q_block = edge >> HEAD_SHIFT, edge & ((1 << HEAD_SHIFT) - 1)
+        if s.list_kv_heads < s.kv_heads:
+          head += h * s.group
         return index(b, head, q_block)
 
       return pl.BlockSpec(block, at)
