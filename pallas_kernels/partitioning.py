@@ -3,7 +3,7 @@
 XLA cannot look into a kernel: without help it gathers every operand on every
 device. Here dimensions are written as words of letters, one letter a factor of
 the dimension: `"b nw gr d"` is [batch, blocks * queries of a block, key heads *
-group, dim]. What the first argument's sharding cuts, is cut in all of them:
+group, dim]. What the sharding of a leading argument cuts is cut in all:
 
 - on Explicit axes the shardings are types, and `jax.shard_map` is used;
 - on Auto axes the compiler decides late, and asks through
@@ -13,6 +13,7 @@ group, dim]. What the first argument's sharding cuts, is cut in all of them:
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 
 import jax
 from jax import lax
@@ -47,9 +48,17 @@ def vary_alike(*trees):
 
 
 def sum_like(x: jax.Array, like: jax.Array) -> jax.Array:
-  """A gradient summed over the manual axes that its primal is equal along."""
+  """A gradient as its primal is.
+
+  It is summed over the manual axes that the primal is equal along, and sharded
+  as the primal is where shardings are types.
+  """
   axes = varying(x) - varying(like)
-  return lax.psum(x, tuple(sorted(axes))) if axes else x
+  x = lax.psum(x, tuple(sorted(axes))) if axes else x
+  wanted = jax.typeof(like).sharding
+  if AxisType.Explicit in wanted.mesh.axis_types:
+    x = jax.sharding.reshard(x, wanted)
+  return x
 
 
 def per_shard(
@@ -60,19 +69,24 @@ def per_shard(
   sizes: dict[str, int],
   cut: str,
   summed: dict[int, str] | None = None,
+  follow: int = 1,
+  batch: str | None = "b",
 ):
   """f(axes, *args), on the shards of args.
 
   Args:
     f: pure function of `axes` and arrays, which returns a tuple of arrays.
       `axes` has, by letter, the mesh axes along which it is cut here.
-    args: arrays; the sharding of the first one is followed. A dimension of size
-      1 whose letters are larger is shared by all shards.
+    args: arrays; the sharding of the first ones is followed. A dimension of
+      size 1 whose letters are larger is shared by all shards.
     names: a word a dimension, for each argument.
     out_names: the same for each output.
     sizes: of each letter.
     cut: the letters that may be cut; each must be the first of its words.
-    summed: for an output by its number, the letter whose shards to sum over.
+    summed: for an output by its number, the letters whose shards to sum over.
+    follow: how many of the arguments to follow, an earlier one first.
+    batch: the letter, first of all words, that a vmapped axis joins, or None
+      where the caller sees to vmap.
 
   Returns:
     The tuple that f returns.
@@ -82,17 +96,19 @@ def per_shard(
     return f({}, *args)
   summed = summed or {}
 
-  def choose(sharding):
-    """The mesh axes that cut each letter of the first argument."""
-    axes = {}
-    spec = tuple(sharding.spec) + (None,) * args[0].ndim
-    for word, part in zip(names[0].split(), spec, strict=False):
-      part = part if isinstance(part, tuple) else (part,) if part else ()
-      shards = 1
-      for axis in part:
-        shards *= mesh.shape[axis]
-      if word[0] in cut and shards > 1 and sizes[word[0]] % shards == 0:
-        axes[word[0]] = part
+  def choose(shardings):
+    """The mesh axes that cut each letter of the arguments to follow."""
+    axes, taken = {}, set()
+    for words, sharding in zip(names[:follow], shardings, strict=False):
+      spec = tuple(sharding.spec) + (None,) * len(words)
+      for word, part in zip(words.split(), spec, strict=False):
+        part = part if isinstance(part, tuple) else (part,) if part else ()
+        letter, shards = word[0], math.prod(mesh.shape[axis] for axis in part)
+        if letter not in cut or letter in axes or taken.intersection(part):
+          continue
+        if shards > 1 and sizes[letter] % shards == 0:
+          axes[letter] = part
+          taken.update(part)
     return axes
 
   def place(axes, words, x):
@@ -104,15 +120,16 @@ def per_shard(
 
   def local(axes, *args):
     outs = list(f(axes, *args))
-    for at, letter in summed.items():
-      if letter in axes:
-        outs[at] = lax.psum(outs[at], axes[letter])
+    for at, letters in summed.items():
+      over = [axis for x in letters for axis in axes.get(x, ())]
+      if over:
+        outs[at] = lax.psum(outs[at], tuple(over))
     return tuple(outs)
 
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
   outputs = jax.eval_shape(functools.partial(f, {}), *shapes)
   if AxisType.Explicit in mesh.axis_types:
-    axes = choose(jax.typeof(args[0]).sharding)
+    axes = choose([jax.typeof(x).sharding for x in args])
     in_specs = [place(axes, *pair) for pair in zip(names, args, strict=True)]
     return jax.shard_map(
       functools.partial(local, axes),
@@ -130,7 +147,7 @@ def per_shard(
     )
 
   def partition(devices, arg_shapes, result_shapes):
-    axes = choose(arg_shapes[0].sharding)
+    axes = choose([x.sharding for x in arg_shapes])
 
     def shardings(names, shapes):
       pairs = zip(names, shapes, strict=True)
@@ -148,6 +165,8 @@ def per_shard(
     partition=partition,
     sharding_rule=_rule(names, out_names, args, outputs, sizes, cut),
   )
+  if batch is None:
+    return run(*args)
   folded = jax.custom_batching.custom_vmap(run)
 
   @folded.def_vmap
@@ -158,7 +177,7 @@ def per_shard(
       if not mapped and x.shape[0] == 1:
         return x
       x = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-      lead = (size, sizes["b"])
+      lead = (size, sizes[batch])
       return jnp.broadcast_to(x, (*lead, *x.shape[2:])).reshape(
         -1, *x.shape[2:]
       )
@@ -169,9 +188,11 @@ def per_shard(
       joined,
       names,
       out_names,
-      {**sizes, "b": size * sizes["b"]},
+      {**sizes, batch: size * sizes[batch]},
       cut,
       summed,
+      follow,
+      batch,
     )
     outs = tuple(x.reshape(size, -1, *x.shape[1:]) for x in outs)
     return outs, (True,) * len(outs)
@@ -210,9 +231,11 @@ def _rule(names, out_names, args, outputs, sizes, cut):
     for factor in array
     for letter in (factor if isinstance(factor, tuple) else (factor,))
   )
+  kept = {letter for words in out_names for letter in words}
   return SdyShardingRule(
     operands,
     results,
+    reduction_factors=tuple(x for x in used if x in cut and x not in kept),
     need_replication_factors=tuple(x for x in used if x not in cut),
     **{letter: sizes[letter] for letter in used if letter not in whole},
   )
