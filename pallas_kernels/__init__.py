@@ -5,6 +5,7 @@ This package depends on jax and numpy alone, never on sparsejax.
   what you look for                import                   described in
   attention over listed blocks     block_sparse_attention   its docstring
   the same, keys on many devices   ring_attention           its docstring
+  rows by their group's weight     grouped_matmul           its docstring
   which blocks a query reads       BlockMask                block_mask.py
   causal, window, your own         Causal, Window           rules.py
   compiling for absent hardware    aot.compile_for          aot.py
@@ -15,6 +16,7 @@ This package depends on jax and numpy alone, never on sparsejax.
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention import ring_attention
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.rules import Causal
 from pallas_kernels.rules import Window
 
@@ -23,5 +25,6 @@ __all__ = [
   "Causal",
   "Window",
   "block_sparse_attention",
+  "grouped_matmul",
   "ring_attention",
 ]
