@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from tqdm import auto as tqdm
 
 from experiments.bench import attention
+from experiments.bench import grouped
 from experiments.bench import schedules
 from experiments.bench import select
 from experiments.bench import timing
@@ -28,6 +29,7 @@ _ROOMS = {
   "select": select,
   "weights": weights,
   "attention": attention,
+  "grouped": grouped,
   "schedules": schedules,
 }
 _ONLY = flags.DEFINE_multi_enum("only", None, list(_ROOMS), "Rooms to run.")
