@@ -23,8 +23,9 @@ class Cost:
     dense_flops: FLOPs of the same products for all queries and keys.
     bytes_read: bytes that the kernels read.
     bytes_written: bytes that they write.
-    smem_bytes: of the lists that the TPU kernels keep in scalar memory at a
-      time, the larger of the forward and the backward pass.
+    smem_bytes: of the lists that the TPU kernels read from scalar memory, the
+      larger of the forward and the backward pass. Where it does not hold them
+      (1 MiB), a call runs in parts.
   """
 
   blocks: int

@@ -2,22 +2,16 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
+import itertools
+import math
 
+import jax
 from jax import lax
+import jax.numpy as jnp
 
 from pallas_kernels import partitioning
 from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
-
-
-def _lacks(q, k, lists, settings):
-  """What the TPU kernel cannot do of a call, or None."""
-  taken = max(tpu.smem_bytes(q, k, lists, settings))
-  if q.size and k.size and taken > tpu.SMEM:
-    return f"room for lists of {taken} bytes (SMEM holds {tpu.SMEM})"
-  return None
-
 
 # What the dimensions of an argument are, for pallas_kernels.partitioning.
 _NAMES = {
@@ -47,6 +41,7 @@ class Pass:
     if_skipping: those of what is returned besides with a skip_threshold, and
       is None without.
     summed: for an output by its number, the letter whose shards to sum over.
+    by_key: whether the kernel also reads the lists by key block.
   """
 
   xla: Callable
@@ -55,6 +50,7 @@ class Pass:
   outs: tuple[str, ...]
   if_skipping: tuple[str, ...] = ()
   summed: tuple[tuple[int, str], ...] = ()
+  by_key: bool = False
 
 
 FORWARD = Pass(xla.forward, tpu.forward, (), ("q", "lse"), ("indices",))
@@ -64,6 +60,7 @@ BACKWARD = Pass(
   ("lse", "lse", "q"),
   ("q", "k", "k"),
   summed=((1, "n"), (2, "n")),
+  by_key=True,
 )
 BLOCK_MASS = Pass(xla.block_mass, None, ("lse",), ("indices",))
 
@@ -80,6 +77,7 @@ def on_shards(which: Pass, q, k, v, lists, rest, settings):
   args = (q, k, v, *rest, *present.values())
   names = [_NAMES[x] for x in ("q", "k", "k", *which.rest, *present)]
   outs = which.outs + (which.if_skipping if settings.skip_threshold else ())
+  outs = [_NAMES[x] for x in outs]
   sizes = {
     "b": q.shape[0],
     "n": lists.indices.shape[2],
@@ -93,43 +91,117 @@ def on_shards(which: Pass, q, k, v, lists, rest, settings):
     "m": 1 if lists.members is None else lists.members.shape[3],
   }
 
-  def run(axes, q, k, v, *others):
-    rest_here, arrays = others[: len(rest)], others[len(rest) :]
-    lists_here = dataclasses.replace(
-      lists, **dict(zip(present, arrays, strict=True))
-    )
+  def run(axes, *args):
+    """Runs a function of the backend asked for, or of the platform's."""
     # Of a shard of the queries the positions are no indices, and edges would
     # tell of others.
-    if "n" in axes:
-      lists_here = dataclasses.replace(lists_here, edges=None)
-    here = dataclasses.replace(
-      settings, arange=settings.arange and "n" not in axes
-    )
-    found = _choose(which, here, q, k, v, lists_here, *rest_here)
-    return tuple(x for x in found if x is not None)
+    whole = "n" not in axes
+    here = dataclasses.replace(settings, arange=settings.arange and whole)
+
+    def unpack(args):
+      operands, arrays = args[: 3 + len(rest)], args[3 + len(rest) :]
+      found = dataclasses.replace(
+        lists, **dict(zip(present, arrays, strict=True))
+      )
+      if not whole:
+        found = dataclasses.replace(found, edges=None)
+      return *operands[:3], found, *operands[3:]
+
+    def call(f):
+      def on(*args):
+        found = f(*unpack(args), settings=here)
+        return tuple(x for x in found if x is not None)
+
+      return on
+
+    fallback = call(which.xla)
+    if which.tpu is None or here.backend == "xla":
+      return fallback(*args)
+    parts = _parts(which, unpack, names, args, here)
+    if parts is None:
+      if here.backend == "auto":
+        return fallback(*args)
+      raise ValueError(
+        "backend 'tpu' has no room for the lists of one sequence and key head "
+        f"(SMEM holds {tpu.SMEM} bytes); use 'xla' or None."
+      )
+    kernel = call(which.tpu)
+    for letter, count in parts.items():
+      if count > 1:
+        kernel = _in_parts(kernel, letter, count, names, outs)
+    if here.backend == "tpu":
+      return kernel(*args)
+    return lax.platform_dependent(*args, tpu=kernel, default=fallback)
 
   return partitioning.per_shard(
-    run,
-    args,
-    names,
-    [_NAMES[x] for x in outs],
-    sizes,
-    cut="bng",
-    summed=dict(which.summed),
+    run, args, names, outs, sizes, cut="bng", summed=dict(which.summed)
   )
 
 
-def _choose(which, settings, *args):
-  """Runs a function of the backend asked for, or of the platform's."""
-  fallback = functools.partial(which.xla, settings=settings)
-  if which.tpu is None:
-    return fallback(*args)
-  kernel = functools.partial(which.tpu, settings=settings)
-  lacks = _lacks(args[0], args[1], args[3], settings)
-  if settings.backend == "xla" or (settings.backend == "auto" and lacks):
-    return fallback(*args)
-  if settings.backend == "tpu":
-    if lacks:
-      raise ValueError(f"backend 'tpu' has no {lacks}; use 'xla' or None.")
-    return kernel(*args)
-  return lax.platform_dependent(*args, tpu=kernel, default=fallback)
+def _axis(letter, words, shape):
+  """The dimension of a letter, or None where there is none or it is shared."""
+  for axis, word in enumerate(words.split()):
+    if word[0] == letter and shape[axis] > 1:
+      return axis
+  return None
+
+
+def _parts(which, unpack, names, args, settings):
+  """By letter, the fewest parts of a call whose lists fit the scalar memory.
+
+  Sequences and key heads may be apart. None if not even one of each fits.
+  """
+
+  def fits(parts):
+    shapes = [list(x.shape) for x in args]
+    for words, shape in zip(names, shapes, strict=True):
+      for letter, count in parts.items():
+        axis = _axis(letter, words, shape)
+        if axis is not None:
+          shape[axis] //= count
+    structs = [
+      jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+      for shape, x in zip(shapes, args, strict=True)
+    ]
+    q, k, _, lists, *_ = unpack(structs)
+    by_query, by_key = tpu.smem_bytes(q, k, lists, settings)
+    return max(by_query, by_key * which.by_key) <= tpu.SMEM
+
+  batch, _, kv_heads, _ = args[1].shape
+  divisors = lambda n: [i for i in range(1, max(n, 1) + 1) if n % i == 0]
+  every = itertools.product(divisors(kv_heads), divisors(batch))
+  # Of equally many parts rather those of the batch, which lie together.
+  for g, b in sorted(every, key=math.prod):
+    if fits({"b": b, "g": g}):
+      return {"b": b, "g": g}
+  return None
+
+
+def _in_parts(f, letter, count, names, outs):
+  """f, on one part after the other of the dimensions of a letter."""
+
+  def run(*args):
+    axes = [
+      _axis(letter, *x) for x in zip(names, map(jnp.shape, args), strict=True)
+    ]
+
+    def one(i):
+      def part(x, axis):
+        if axis is None:
+          return x
+        size = x.shape[axis] // count
+        return lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+      return f(*map(part, args, axes))
+
+    found = lax.map(one, jnp.arange(count))
+
+    def join(x, words):  # [parts, ...]
+      axis = [word[0] for word in words.split()].index(letter)
+      x = jnp.moveaxis(x, 0, axis)
+      shape = x.shape[:axis] + (-1,) + x.shape[axis + 2 :]
+      return x.reshape(shape)
+
+    return tuple(map(join, found, outs))
+
+  return run

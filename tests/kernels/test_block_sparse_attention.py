@@ -12,10 +12,12 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import aot
 from pallas_kernels.block_sparse_attention import attention
+from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
 from tests import common
 from tests.kernels import problem
 from tests.kernels import test_aot
+from tests.kernels import test_costs
 from tests.kernels.problem import Case
 from tests.kernels.problem import REFERENCE
 from tests.kernels.problem import XLA
@@ -204,6 +206,37 @@ def test_chunks_equal_oracle(name, monkeypatch):
   monkeypatch.setattr(xla, "CHUNK", 32)  # two blocks
   monkeypatch.setattr(xla, "STEP", 1024)  # of two heads
   problem.compare(CHUNKS, CASES[name])
+
+
+@pytest.mark.parametrize(
+  "name,smem",
+  [
+    ("plain", 450),  # two parts
+    pytest.param("causal", 250, marks=pytest.mark.slow),
+    pytest.param("everything", 2000, marks=pytest.mark.slow),
+    pytest.param("single_everything", 1600, marks=pytest.mark.slow),
+    pytest.param("skip", 600, marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.usefixtures("traced_anew")
+def test_parts_equal_oracle(name, smem, monkeypatch):
+  """Lists that do not fit the scalar memory of a TPU at once."""
+  backend = dataclasses.replace(problem.TPU, name=f"tpu_{smem}")
+  case = CASES[name]
+  made = problem.make(case)
+  fields = [getattr(made, x.name) for x in dataclasses.fields(made)]
+
+  def taken():
+    f = problem.everything(backend, case.mass, **case.static)
+    return test_costs.prefetched(jax.make_jaxpr(f)(*fields).jaxpr)
+
+  before = taken()
+  monkeypatch.setattr(tpu, "SMEM", smem)
+  attention._by_kernel.clear_cache()
+  after = taken()
+  assert len(after) == len(before) == 3
+  assert max(after) <= smem < max(before), (before, after)
+  problem.compare(backend, case)
 
 
 def test_lists_beyond_one_chunk():
