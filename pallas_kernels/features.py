@@ -15,7 +15,6 @@ in Pallas's interpreter, which takes some seconds a cell.
 """
 
 import dataclasses
-import functools
 import re
 import sys
 from typing import Any
@@ -28,6 +27,7 @@ from pallas_kernels import rules
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention.checks import BACKENDS
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 S = 32  # queries and keys
 BLOCK = 16
@@ -40,8 +40,8 @@ _FAST = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Try:
-  """The problem of a feature.
+class _Attention:
+  """The problem of a feature of `block_sparse_attention`.
 
   Attributes:
     mask: what the BlockMask has besides its lists.
@@ -65,39 +65,138 @@ class _Try:
   lse: bool = False
   how: str | None = None
 
+  def problem(self, options):
+    """Arrays, a mask, and the loss of both."""
+    normal = _draw(self.dtype)
+    q = normal(1, self.queries, self.heads, self.dim)
+    k, v = (normal(1, self.keys, 1, self.dim) for _ in range(2))
+    arrays = dict(q=q, k=k, v=v)
+    if self.sinks:
+      arrays["sinks"] = jnp.full(self.heads, 0.5)
+    arrays["cotangent"] = normal(*q.shape)
+    if self.lse:
+      arrays["lse_cotangent"] = normal(*q.shape[:3])
+    mask = BlockMask(
+      np.array(self.indices)[None, None],
+      np.array(self.counts)[None, None],
+      block_q=self.block_q,
+      block_kv=BLOCK,
+      kv_blocks=-(-self.keys // BLOCK),
+      **self.mask,
+    )
+
+    def loss(primals, arrays, mask):
+      sinks = {n: primals[n] for n in primals if n == "sinks"}
+      out, lse, *rest = block_sparse_attention(
+        *(primals[n] for n in "qkv"),
+        mask,
+        return_lse=True,
+        **sinks,
+        **self.options,
+        **options,
+      )
+      total = (out * arrays["cotangent"]).astype(jnp.float32).sum()
+      if self.lse:
+        total += (lse * arrays["lse_cotangent"]).sum()
+      return total, (out, lse, *rest)
+
+    return arrays, mask, loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grouped:
+  """The problem of a feature of `grouped_matmul`, of 24 edges.
+
+  Attributes:
+    options: arguments of `grouped_matmul`.
+    sizes: of the groups; rhs has the weights of three.
+    rows: of lhs, which has a NaN behind the 20 rows of the default groups.
+    how: None, "vmap", "shard_map" or "second order".
+  """
+
+  options: dict = dataclasses.field(default_factory=dict)
+  sizes: tuple = (9, 0, 11)
+  rows: int = 24
+  k: int = 20
+  n: int = 12
+  gate: bool = False
+  scale: bool = False
+  dtype: Any = jnp.float32
+  how: str | None = None
+
+  def problem(self, options):
+    """Arrays, sizes, and the loss of both."""
+    normal = _draw(self.dtype)
+    options = self.options | options
+    k, n = self.k, self.n
+    weight = (3, n, k) if "transpose_rhs" in options else (3, k, n)
+    arrays = dict(lhs=normal(self.rows, k), rhs=normal(*weight))
+    if "gather" not in options:
+      arrays["lhs"] = arrays["lhs"].at[20:].set(jnp.nan)
+    if self.gate:
+      arrays["rhs_gate"] = normal(*weight)
+    if self.scale:
+      arrays["row_scale"] = normal(24)
+    arrays["cotangent"] = normal(options.get("num_rows", 24), n)
+
+    def loss(primals, arrays, sizes):
+      out = grouped_matmul(**primals, group_sizes=sizes, **options)
+      return (out * arrays["cotangent"]).astype(jnp.float32).sum(), (out,)
+
+    return arrays, np.array(self.sizes, np.int32), loss
+
 
 _AT = np.arange(S, dtype=np.int32)
 _CAUSAL = dict(rule=rules.Causal())
 _TRIES = {
-  "rule": _Try(_CAUSAL),
-  "positions": _Try(
+  "rule": _Attention(_CAUSAL),
+  "positions": _Attention(
     _CAUSAL, dict(q_positions=_AT[::-1].copy(), kv_positions=_AT // 2)
   ),
-  "segments": _Try(
+  "segments": _Attention(
     options=dict(q_segment_ids=_AT // 9, kv_segment_ids=_AT // 9)
   ),
-  "members": _Try(
+  "members": _Attention(
     dict(members=np.arange(2 * BLOCK, dtype=np.uint32).reshape(1, 1, 2, 1, -1))
   ),
-  "columns": _Try(dict(columns=np.array([[[[17, 20], [-1, -1]]]]))),
-  "level": _Try(dict(level=np.array([[[[1, 0], [2, 0]]]]))),
-  "softcap": _Try(options=dict(softcap=1.5)),
-  "sinks": _Try(sinks=True),
-  "lse and its gradient": _Try(lse=True),
-  "block mass": _Try(options=dict(return_block_mass="sum")),
-  "skip_threshold": _Try(options=dict(skip_threshold=0.3)),
-  "GQA": _Try(heads=2),
-  "empty rows": _Try(counts=(0, 2)),
-  "block_q=1": _Try(
+  "columns": _Attention(dict(columns=np.array([[[[17, 20], [-1, -1]]]]))),
+  "level": _Attention(dict(level=np.array([[[[1, 0], [2, 0]]]]))),
+  "softcap": _Attention(options=dict(softcap=1.5)),
+  "sinks": _Attention(sinks=True),
+  "lse and its gradient": _Attention(lse=True),
+  "block mass": _Attention(options=dict(return_block_mass="sum")),
+  "skip_threshold": _Attention(options=dict(skip_threshold=0.3)),
+  "GQA": _Attention(heads=2),
+  "empty rows": _Attention(counts=(0, 2)),
+  "block_q=1": _Attention(
     queries=2, block_q=1, indices=((0, 1), (0, 1)), counts=(1, 2)
   ),
-  "head_dim 80": _Try(dim=80),
-  "bf16": _Try(dtype=jnp.bfloat16),
-  "f32": _Try(),
-  "lengths that do not divide": _Try(queries=S - 5, keys=S - 3),
-  "vmap": _Try(how="vmap"),
-  "shard_map": _Try(how="shard_map"),
-  "second order": _Try(how="second order"),
+  "head_dim 80": _Attention(dim=80),
+  "bf16": _Attention(dtype=jnp.bfloat16),
+  "f32": _Attention(),
+  "lengths that do not divide": _Attention(queries=S - 5, keys=S - 3),
+  "vmap": _Attention(how="vmap"),
+  "shard_map": _Attention(how="shard_map"),
+  "second order": _Attention(how="second order"),
+}
+_EDGES = np.arange(24, dtype=np.int32)
+_TRIES |= {
+  "grouped: empty groups, rows of none": _Grouped(),
+  "grouped: gather": _Grouped(dict(gather=_EDGES[::-1] // 3), rows=8),
+  "grouped: scatter": _Grouped(dict(scatter=_EDGES // 3, num_rows=8)),
+  "grouped: rhs_gate": _Grouped(gate=True),
+  "grouped: activation": _Grouped(dict(activation=jnp.tanh)),
+  "grouped: row_scale": _Grouped(scale=True),
+  "grouped: transpose_rhs": _Grouped(dict(transpose_rhs=True)),
+  "grouped: group_offset": _Grouped(
+    dict(group_offset=np.int32(1)), sizes=(3, 8, 0, 7, 2)
+  ),
+  "grouped: bf16": _Grouped(dtype=jnp.bfloat16),
+  "grouped: f16": _Grouped(dtype=jnp.float16),
+  "grouped: k beyond a tile": _Grouped(k=1100),
+  "grouped: vmap": _Grouped(how="vmap"),
+  "grouped: shard_map": _Grouped(how="shard_map"),
+  "grouped: second order": _Grouped(how="second order"),
 }
 FEATURES = tuple(_TRIES)
 
@@ -169,51 +268,17 @@ def _cell(case, backend, want):
 
 def _run(case, backend):
   """Output, whatever is returned besides, and gradients, as a tuple."""
-  rng = np.random.default_rng(0)
-
-  def normal(*shape):
-    return jnp.asarray(rng.standard_normal(shape), case.dtype)
-
-  q = normal(1, case.queries, case.heads, case.dim)
-  k, v = (normal(1, case.keys, 1, case.dim) for _ in range(2))
-  arrays = dict(q=q, k=k, v=v)
-  if case.sinks:
-    arrays["sinks"] = jnp.full(case.heads, 0.5)
-  arrays["cotangent"] = normal(*q.shape)
-  if case.lse:
-    arrays["lse_cotangent"] = normal(*q.shape[:3])
-  mask = BlockMask(
-    np.array(case.indices)[None, None],
-    np.array(case.counts)[None, None],
-    block_q=case.block_q,
-    block_kv=BLOCK,
-    kv_blocks=-(-case.keys // BLOCK),
-    **case.mask,
-  )
   interpret = backend == "tpu" and jax.default_backend() != "tpu"
-  attend = functools.partial(
-    block_sparse_attention,
-    backend=backend,
-    interpret=interpret,
-    return_lse=True,
-    **case.options,
-  )
+  options = dict(backend=backend, interpret=interpret)
+  arrays, given, loss = case.problem(options)
 
-  def loss(primals, arrays, mask):
-    given = {n: primals[n] for n in primals if n == "sinks"}
-    out, lse, *rest = attend(*(primals[n] for n in "qkv"), mask, **given)
-    total = (out * arrays["cotangent"]).astype(jnp.float32).sum()
-    if case.lse:
-      total += (lse * arrays["lse_cotangent"]).sum()
-    return total, (out, lse, *rest)
-
-  def value(arrays, mask):
+  def value(arrays, given):
     primals = {n: x for n, x in arrays.items() if "cotangent" not in n}
     slope = jax.grad(loss, has_aux=True)
     if case.how != "second order":
-      return slope(primals, arrays, mask)
+      return slope(primals, arrays, given)
     steep = lambda primals: sum(
-      (x**2).sum() for x in jax.tree.leaves(slope(primals, arrays, mask)[0])
+      (x**2).sum() for x in jax.tree.leaves(slope(primals, arrays, given)[0])
     )
     return jax.grad(steep)(primals)
 
@@ -235,8 +300,14 @@ def _run(case, backend):
     )
   options = _FAST if jax.default_backend() == "cpu" else None
   return jax.tree.map(
-    np.asarray, jax.jit(f, compiler_options=options)(arrays, mask)
+    np.asarray, jax.jit(f, compiler_options=options)(arrays, given)
   )
+
+
+def _draw(dtype):
+  """Normal arrays of a seed, by their shapes in turn."""
+  rng = np.random.default_rng(0)
+  return lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
 
 
 def table(found) -> str:
