@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from tqdm import auto as tqdm
 
 from experiments.bench import attention
+from experiments.bench import condensed
 from experiments.bench import grouped
 from experiments.bench import schedules
 from experiments.bench import select
@@ -29,6 +30,7 @@ _ROOMS = {
   "select": select,
   "weights": weights,
   "attention": attention,
+  "condensed": condensed,
   "grouped": grouped,
   "schedules": schedules,
 }

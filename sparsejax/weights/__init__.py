@@ -4,6 +4,12 @@ from sparsejax.masks import keep_masked
 from sparsejax.masks import masks
 from sparsejax.masks import sparse_params
 from sparsejax.masks import SparseState
+from sparsejax.weights.condensed import condense
+from sparsejax.weights.condensed import condense_layers
+from sparsejax.weights.condensed import condensed_matmul
+from sparsejax.weights.condensed import CondensedDot
+from sparsejax.weights.condensed import CondensedWeight
+from sparsejax.weights.condensed import Lists
 from sparsejax.weights.mechanism import sparsify
 from sparsejax.weights.methods.dynamic import dst_ee
 from sparsejax.weights.methods.dynamic import rigl
