@@ -1,0 +1,253 @@
+"""What the layers of a model read: their inputs, as a pure function.
+
+A layer is whatever multiplies its input by a `kernel`: `nnx.Linear` and
+`nnx.LinearGeneral`, Linen's `Dense` and `DenseGeneral`. A layer goes by its
+kernel's name, as in `masks`.
+
+  outputs, xs = capture.inputs(lambda model, x: model(x), model, x)  # NNX
+  outputs, xs = capture.inputs(module.apply, variables, x)  # Linen
+"""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import math
+from typing import Any
+
+from flax import linen
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+Array = jax.Array
+Where = Callable[[str], bool] | None
+
+
+def inputs(
+  call: Callable[..., Any], model: Any, *args: Any, where: Where = None
+) -> tuple[Any, dict[str, Array]]:
+  """What `call(model, *args)` returns, and the input of each layer.
+
+  The model is a copy in which the layers record, so that nothing of `model`
+  changes, nor do counters of its own advance. To be used under `jit`: what is
+  not returned is then not computed. Layers inside of a transformation over
+  layers (`nnx.scan`, `linen.scan`, remat) cannot be seen from outside; JAX
+  says that a tracer leaks.
+
+  Args:
+    call: function of the model and `args`, such as `lambda model, x: model(x)`,
+      or a Linen module's `apply`.
+    model: an `nnx.Module`, or the variables of a Linen module.
+    *args: whatever `call` takes besides.
+    where: which layers, by the kernel's name; default all.
+
+  Returns:
+    The outputs of the call, and by name an array [..., K] whose last dimensions
+    are those that the kernel contracts, as one. The inputs of a layer that is
+    called several times are [rows, K], one call's behind the other's.
+
+  Raises:
+    ValueError: no layer was recorded.
+
+  Example:
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.tanh)
+    >>> x = jnp.ones((4, 2))
+    >>> outputs, found = inputs(lambda model, x: model(x), model, x)
+    >>> outputs.shape, {name: x.shape for name, x in found.items()}
+    ((4, 3), {'layers/0/kernel': (4, 2)})
+  """
+  found: dict[str, list[Array]] = {}
+
+  def record(name, x, contracted):
+    if where is None or where(name):
+      lead = x.shape[: x.ndim - contracted]
+      found.setdefault(name, []).append(
+        x.reshape(*lead, math.prod(x.shape[x.ndim - contracted :]))
+      )
+
+  if isinstance(model, nnx.Module):
+    outputs = call(_recording(model, record), *args)
+  else:
+    with linen.intercept_methods(_interceptor(record)):
+      outputs = call(model, *args)
+  if not found:
+    raise ValueError(
+      "where must choose a layer with a kernel that the call runs, got none "
+      f"for a {type(model).__name__}"
+    )
+  return outputs, {name: _joined(xs) for name, xs in found.items()}
+
+
+def _joined(xs):
+  if len(xs) == 1:
+    return xs[0]
+  return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in xs])
+
+
+def _recording(model, record):
+  """A copy of an NNX model whose layers record."""
+  model = nnx.clone(model)
+  for path, layer in nnx.iter_graph(model):
+    if hasattr(layer, "kernel") and hasattr(layer, "dot_general"):
+      name = "/".join(map(str, (*path, "kernel")))
+      layer.dot_general = _recorder(name, layer.dot_general, record)
+  return model
+
+
+def _recorder(name, dot_general, record):
+  dot_general = dot_general or lax.dot_general
+
+  def dot(x, kernel, dimension_numbers, *args, **options):
+    (axes, _), _ = dimension_numbers
+    record(name, jnp.moveaxis(x, axes, range(-len(axes), 0)), len(axes))
+    return dot_general(x, kernel, dimension_numbers, *args, **options)
+
+  return dot
+
+
+def _interceptor(record):
+  def intercept(call, args, kwargs, context):
+    layer = context.module
+    if context.method_name == "__call__" and isinstance(
+      layer, linen.Dense | linen.DenseGeneral
+    ):
+      (x,) = args
+      axes = getattr(layer, "axis", -1)
+      axes = axes if isinstance(axes, tuple) else (axes,)
+      x = jnp.moveaxis(jnp.asarray(x), axes, range(-len(axes), 0))
+      record("/".join((*layer.path, "kernel")), x, len(axes))
+    return call(*args, **kwargs)
+
+  return intercept
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Moments of the rows that a layer read, over any number of batches.
+
+  Attributes:
+    count: f32 scalar, rows so far.
+    mean: f32 [K].
+    squares: f32 [K], the mean of the squares.
+    second: None, or f32 [K, K], the mean of x.T @ x. The Hessian of a layer's
+      squared error is twice that.
+  """
+
+  count: Array
+  mean: Array
+  squares: Array
+  second: Array | None
+
+  @classmethod
+  def zeros(cls, k: int, *, second: bool = True) -> "Moments":
+    """Those of no rows."""
+    zeros = jnp.zeros(k, jnp.float32)
+    table = jnp.zeros((k, k), jnp.float32) if second else None
+    return cls(jnp.zeros((), jnp.float32), zeros, zeros, table)
+
+  def add(self, x: Array, valid: Array | None = None) -> "Moments":
+    """With further rows.
+
+    Args:
+      x: [..., K], floating.
+      valid: None, or bool of the leading dimensions of x: which rows count.
+
+    Returns:
+      The moments of all rows, accumulated in f32.
+
+    >>> moments = Moments.zeros(2).add(jnp.array([[1.0, 2.0], [3.0, 2.0]]))
+    >>> moments.mean.tolist(), moments.second.tolist()
+    ([2.0, 2.0], [[5.0, 4.0], [4.0, 4.0]])
+    """
+    if x.shape[-1] != self.mean.shape[0] or (
+      valid is not None and valid.shape != x.shape[:-1]
+    ):
+      given = None if valid is None else valid.shape
+      raise ValueError(
+        f"x must be [..., {self.mean.shape[0]}] and valid of its leading "
+        f"dimensions, got {x.shape} and {given}"
+      )
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = jnp.float32(x.shape[0])
+    if valid is not None:
+      valid = valid.reshape(-1)
+      x, rows = jnp.where(valid[:, None], x, 0), valid.sum(dtype=jnp.float32)
+    count = self.count + rows
+    weight = 1 / jnp.maximum(count, 1)
+    join = lambda mean, total: mean + weight * (total - rows * mean)
+    table = self.second
+    return Moments(
+      count=count,
+      mean=join(self.mean, x.sum(0)),
+      squares=join(self.squares, (x**2).sum(0)),
+      second=None
+      if table is None
+      else join(table, jnp.matmul(x.T, x, precision="highest")),
+    )
+
+  @property
+  def variance(self) -> Array:
+    """f32 [K]."""
+    return jnp.maximum(self.squares - self.mean**2, 0)
+
+
+def moments(
+  call: Callable[..., Any],
+  model: Any,
+  batches: Iterable[Any],
+  *,
+  where: Where = None,
+  valid: Callable[[Any], Array] | None = None,
+  second: bool = True,
+) -> dict[str, Moments]:
+  """The moments of each layer's inputs over batches, one batch at a time.
+
+  One compiled step, which runs the model no further than the last layer that is
+  asked for, and keeps no inputs. Where batches are sharded, so is the work.
+
+  Args:
+    call: function of the model and a batch; see `inputs`.
+    model: an `nnx.Module`, or the variables of a Linen module.
+    batches: pytrees of arrays, of equal shapes.
+    where: which layers, by the kernel's name; default all.
+    valid: None, or a function of a batch: bool, of the leading dimensions of
+      the inputs: which rows count (padding does not).
+    second: whether to keep the [K, K] table.
+
+  Returns:
+    Moments by the kernel's name.
+
+  Raises:
+    ValueError: there are no batches, or no layers.
+
+  Example:
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> batches = jnp.arange(12.0).reshape(3, 2, 2)
+    >>> found = moments(lambda model, x: model(x), model, batches)
+    >>> found["kernel"].count.item(), found["kernel"].mean.tolist()
+    (6.0, [5.0, 6.0])
+  """
+  rebuild = None
+  if isinstance(model, nnx.Module):
+    rebuild, model = nnx.split(model)
+
+  def step(model, found, batch):
+    model = model if rebuild is None else nnx.merge(rebuild, model)
+    _, xs = inputs(call, model, batch, where=where)
+    rows = None if valid is None else valid(batch)
+    if found is None:
+      found = {
+        n: Moments.zeros(x.shape[-1], second=second) for n, x in xs.items()
+      }
+    return {name: found[name].add(x, rows) for name, x in xs.items()}
+
+  first, found, compiled = None, None, jax.jit(step)
+  for batch in batches:
+    if first is None:
+      first = jax.eval_shape(lambda batch: step(model, None, batch), batch)
+      found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    found = compiled(model, found, batch)
+  if found is None:
+    raise ValueError("batches must hold at least one batch, got none")
+  return found

@@ -1,0 +1,158 @@
+"""What layers read, and its moments."""
+
+import functools
+
+from flax import linen
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+import numpy as np
+import pytest
+
+from sparsejax import capture
+
+
+class Block(nnx.Module):
+  """A layer that runs twice, one of several dimensions, and a dropout."""
+
+  def __init__(self, rngs):
+    self.twice = nnx.Linear(4, 4, rngs=rngs)
+    self.heads = nnx.LinearGeneral((2, 2), 3, axis=(-2, -1), rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.twice(jnp.tanh(self.twice(x)))
+    return self.heads(self.dropout(x).reshape(*x.shape[:-1], 2, 2))
+
+
+class Dense(linen.Module):
+  """Two layers, in Linen."""
+
+  @linen.compact
+  def __call__(self, x):
+    x = jnp.tanh(linen.Dense(4, name="first")(x))
+    return linen.DenseGeneral(3, axis=(-2, -1), name="heads")(
+      x.reshape(*x.shape[:-1], 2, 2)
+    )
+
+
+def run(model, x):
+  return model(x)
+
+
+X = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+
+
+def test_inputs_of_nnx_layers():
+  model = Block(nnx.Rngs(0, dropout=1))
+  model.eval()
+  params = lambda: nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  before = jax.tree.map(np.asarray, params())
+  outputs, found = nnx.jit(functools.partial(capture.inputs, run))(model, X)
+  np.testing.assert_allclose(outputs, model(X), rtol=1e-6)
+  assert set(found) == {"twice/kernel", "heads/kernel"}
+  middle = jnp.tanh(model.twice(X))
+  both = jnp.concatenate([X.reshape(-1, 4), middle.reshape(-1, 4)])
+  np.testing.assert_allclose(found["twice/kernel"], both, rtol=1e-6)
+  heads = model.twice(middle)
+  np.testing.assert_allclose(found["heads/kernel"], heads, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, params(), before)
+  assert model.twice.dot_general is lax.dot_general
+
+
+def test_counters_do_not_advance():
+  model = Block(nnx.Rngs(0, dropout=1))  # drops at random
+  count = model.dropout.rngs.count[...].item()
+  capture.inputs(run, model, X)
+  assert model.dropout.rngs.count[...].item() == count
+
+
+def test_inputs_of_linen_layers():
+  module = Dense()
+  variables = module.init(jax.random.key(0), X)
+  outputs, found = jax.jit(functools.partial(capture.inputs, module.apply))(
+    variables, X
+  )
+  np.testing.assert_allclose(outputs, module.apply(variables, X), rtol=1e-6)
+  assert set(found) == {"first/kernel", "heads/kernel"}
+  np.testing.assert_array_equal(found["first/kernel"], X)
+  first = variables["params"]["first"]
+  middle = jnp.tanh(X @ first["kernel"] + first["bias"])
+  np.testing.assert_allclose(found["heads/kernel"], middle, rtol=1e-5)
+
+
+def test_what_is_not_asked_for_is_not_computed():
+  model = Block(nnx.Rngs(0))
+  model.eval()
+  rebuild, state = nnx.split(model)
+
+  def first(state, x):
+    model = nnx.merge(rebuild, state)
+    return capture.inputs(run, model, x, where=lambda n: "twice" in n)[1]
+
+  text = jax.jit(first).lower(state, X).compile().as_text()
+  assert text.count("dot(") <= 1  # the second call reads the first one's
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_moments_are_those_of_all_valid_rows(second):
+  module = Dense()
+  variables = module.init(jax.random.key(0), X)
+  batches = [dict(x=X + i, valid=np.arange(15).reshape(3, 5) % (i + 2) > 0)
+             for i in range(3)]  # fmt: skip
+  found = capture.moments(
+    lambda variables, batch: module.apply(variables, batch["x"]),
+    variables,
+    batches,
+    where=lambda name: name.startswith("first"),
+    valid=lambda batch: batch["valid"],
+    second=second,
+  )
+  (moments,) = found.values()
+  rows = np.concatenate([b["x"][b["valid"]] for b in batches]).astype(float)
+  assert moments.count == len(rows)
+  np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(moments.squares, (rows**2).mean(0), rtol=1e-5)
+  np.testing.assert_allclose(moments.variance, rows.var(0), rtol=1e-4)
+  if second:
+    table = rows.T @ rows / len(rows)
+    np.testing.assert_allclose(moments.second, table, rtol=1e-5, atol=1e-6)
+  else:
+    assert moments.second is None
+
+
+def test_rows_that_do_not_count_may_hold_anything():
+  x = jnp.array([[1.0, 2.0], [jnp.nan, jnp.inf]])
+  moments = capture.Moments.zeros(2).add(x, jnp.array([True, False]))
+  assert moments.mean.tolist() == [1, 2] and moments.count == 1
+  none = capture.Moments.zeros(2).add(x, jnp.array([False, False]))
+  assert not jnp.any(none.second) and none.count == 0
+
+
+def test_sharded_batches():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  x = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  placed = jax.device_put(x, NamedSharding(mesh, jax.P("x")))
+  (got,) = capture.moments(run, model, [placed]).values()
+  (want,) = capture.moments(run, model, [x]).values()
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    got,
+    want,
+  )
+
+
+def test_errors():
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="where must choose a layer"):
+    capture.inputs(run, model, X, where=lambda name: False)
+  with pytest.raises(ValueError, match="batches"):
+    capture.moments(run, model, [])
+  with pytest.raises(ValueError, match="x must be"):
+    capture.Moments.zeros(3).add(X)
+  with pytest.raises(ValueError, match="valid"):
+    capture.Moments.zeros(4).add(X, jnp.ones(3, bool))
