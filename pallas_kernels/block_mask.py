@@ -121,6 +121,8 @@ class BlockMask:
     rule: None, or a rule of `pallas_kernels.rules`: which pairs of positions of
       a listed block may be read.
     max_level: the largest level that `level` may hold.
+    edges_of: how many query blocks `edges` tell of, or 0. A shard of the mask
+      has fewer: edges that tell of others are not used.
 
   Raises:
     ValueError: for block sizes that are no powers of two in range, arrays
@@ -152,9 +154,17 @@ class BlockMask:
   kv_blocks: int
   rule: Callable[[Any, Any], Any] | None
   max_level: int
+  edges_of: int
 
   _ARRAYS = ("indices", "counts", "members", "columns", "level", "edges")
-  _STATIC = ("block_q", "block_kv", "kv_blocks", "rule", "max_level")
+  _STATIC = (
+    "block_q",
+    "block_kv",
+    "kv_blocks",
+    "rule",
+    "max_level",
+    "edges_of",
+  )
 
   def __init__(
     self,
@@ -237,6 +247,7 @@ class BlockMask:
       edges=None,
       **static,
       max_level=int(max_level or 0),
+      edges_of=0,
     )
 
   @classmethod
@@ -252,6 +263,7 @@ class BlockMask:
       edges=None,
       **static,
       max_level=0,
+      edges_of=0,
     )
     return made
 
@@ -262,8 +274,9 @@ class BlockMask:
   def _replace(self, **fields):
     """A copy with other fields, which must be canonical."""
     made = object.__new__(type(self))
-    stale = {"edges": None} if {"indices", "counts"} & fields.keys() else {}
-    made._set(**{**vars(self), **stale, **fields})
+    if {"indices", "counts"} & fields.keys():
+      fields = {"edges": None, "edges_of": 0, **fields}
+    made._set(**{**vars(self), **fields})
     return made
 
   def tree_flatten_with_keys(self):
@@ -465,8 +478,8 @@ class BlockMask:
 
     The backward pass on TPU needs them and makes them where they are missing.
     A mask that many layers or steps share has them made once. They tell of
-    query blocks by number: inside a `jax.shard_map` over the queries, make them
-    of the shard.
+    query blocks by number: where the queries are sharded each shard makes its
+    own, in each backward pass; inside a `jax.shard_map`, call this there.
 
     Args:
       num_heads: query heads of the calls.
@@ -489,7 +502,7 @@ class BlockMask:
     if h == 1:
       key = jnp.broadcast_to(key, (b, group, nq, capacity))
     key = key.reshape(b, -1, group * nq * capacity)
-    return self._replace(edges=sorted_edges(key, self.kv_blocks))
+    return self._replace(edges=sorted_edges(key, self.kv_blocks), edges_of=nq)
 
   def __or__(self, other: "BlockMask") -> "BlockMask":
     """Reads what either lists. Block sizes and rules must be equal.

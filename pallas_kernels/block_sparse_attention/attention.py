@@ -11,7 +11,6 @@ from pallas_kernels import partitioning
 from pallas_kernels import rules
 from pallas_kernels.block_sparse_attention import checks
 from pallas_kernels.block_sparse_attention import dispatch
-from pallas_kernels.block_sparse_attention import lists as lists_lib
 from pallas_kernels.block_sparse_attention import reference
 
 
@@ -153,7 +152,7 @@ def _by_kernel(
 ):
   """Prepares, runs the kernel, and applies what is simple after it."""
   s = q.shape[1]
-  queries, keys, values, lists, settings = lists_lib.prepare(
+  queries, keys, values, lists, settings = dispatch.prepare(
     q, k, v, mask, positions, segments, settings
   )
   out, lse, kept = run(queries, keys, values, lists, settings)

@@ -141,7 +141,7 @@ def _arrays(q, k, v, mask):
       f"mask has leading dimensions {(lead_b, lead_h)}; they must be 1 or the "
       f"batch {b}, and 1 or the query heads {h}."
     )
-  if mask.edges is not None:
+  if mask.edges is not None and lists_lib.tells(mask):
     width = h // k.shape[2] * nq * mask.capacity
     if mask.edges.shape[2] != width:
       raise ValueError(

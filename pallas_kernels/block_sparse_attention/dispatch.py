@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import partitioning
+from pallas_kernels.block_sparse_attention import lists as lists_lib
 from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
 
@@ -53,6 +54,7 @@ class Pass:
   by_key: bool = False
 
 
+CLASSIFY = Pass(lists_lib.classify, None, (), ("classes",))
 FORWARD = Pass(xla.forward, tpu.forward, (), ("q", "lse"), ("indices",))
 BACKWARD = Pass(
   xla.backward,
@@ -63,6 +65,21 @@ BACKWARD = Pass(
   by_key=True,
 )
 BLOCK_MASS = Pass(xla.block_mass, None, ("lse",), ("indices",))
+
+
+def prepare(q, k, v, mask, positions, segments, settings, listed=None):
+  """As lists.prepare, with every listed block classified.
+
+  Each shard classifies what its queries list, so that no list is gathered.
+  """
+  q, k, v, lists, settings = lists_lib.prepare(
+    q, k, v, mask, positions, segments, settings, listed
+  )
+  if settings.masked:
+    arrays = lax.stop_gradient((q, k, v))
+    (classes,) = on_shards(CLASSIFY, *arrays, lists, (), settings)
+    lists = dataclasses.replace(lists, classes=classes)
+  return q, k, v, lists, settings
 
 
 def on_shards(which: Pass, q, k, v, lists, rest, settings):

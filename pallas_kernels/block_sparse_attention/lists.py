@@ -12,6 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import block_mask
 from pallas_kernels import rules
@@ -69,7 +72,7 @@ class Lists:
 
 
 def prepare(q, k, v, mask, positions, segments, settings, listed=None):
-  """Pads and extends keys and values, and classifies every listed block.
+  """Pads and extends keys and values, and lays the lists out.
 
   Args:
     q: [B, S, H, D]; k and v: [B, T, Hkv, D].
@@ -80,7 +83,8 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
     listed: bool like the indices, by default the slots below the count.
 
   Returns:
-    q, k, v of whole blocks, the Lists, and the Settings.
+    q, k, v of whole blocks, the Lists, and the Settings. What is listed has
+    the class WHOLE until `classify` lowers it.
   """
   kv_len = k.shape[1]
   pad_q = mask.counts.shape[2] * mask.block_q - q.shape[1]
@@ -94,8 +98,11 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
   listed = mask.listed if listed is None else listed
   indices, classes = mask.indices, jnp.where(listed, rules.WHOLE, rules.SKIP)
   members, first = mask.members, mask.kv_blocks
-  # Blocks behind the keys are not in them.
-  edges = mask.edges if mask.level is None and mask.columns is None else None
+  # Blocks behind the keys are not in them, and a shard of the queries has
+  # fewer query blocks than they tell of.
+  edges = mask.edges
+  if mask.level is not None or mask.columns is not None or not tells(mask):
+    edges = None
   if mask.level is not None:
     indices += mask.level.astype(jnp.int32) * first
     k, v = (_pyramid(x, mask.max_level) for x in (k, v))
@@ -134,13 +141,33 @@ def prepare(q, k, v, mask, positions, segments, settings, listed=None):
     kv_segments,
     edges,
   )
-  return q, k, v, _classify(lists, settings, k.shape[2]), settings
+  return q, k, v, lists, settings
+
+
+def tells(mask):
+  """Whether the mask's edges tell of its query blocks, and no shard's."""
+  return mask.edges_of == mask.counts.shape[2]
 
 
 def _pad(x, amount, axis, fill=0):
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, amount)
   return jnp.pad(x, widths, constant_values=fill) if amount else x
+
+
+def _lying(x, spec):
+  """x, sharded so where shardings are types."""
+  mesh = jax.typeof(x).sharding.mesh
+  if AxisType.Explicit not in mesh.axis_types:
+    return x
+  wanted = NamedSharding(mesh, PartitionSpec(*spec))
+  return jax.sharding.reshard(x, wanted)
+
+
+def _join(x, more, axis):
+  """Both behind each other, sharded as x is."""
+  more = _lying(more, jax.typeof(x).sharding.spec)
+  return jnp.concatenate([x, more], axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +218,9 @@ def _gather_columns(mask, heads, k, v, sides, first):
   b, _, hkv, _ = k.shape
   lead_b, lead_h, nq, width = mask.columns.shape
   blocks = -(-width // mask.block_kv)
-  columns = _pad(mask.columns + 1, blocks * mask.block_kv - width, 3) - 1
+  # They go with the keys, which no shard of the query blocks has alone.
+  columns = _lying(mask.columns, jax.typeof(mask.columns).sharding.spec[:1])
+  columns = _pad(columns + 1, blocks * mask.block_kv - width, 3) - 1
   # [B | 1, Hkv | 1, group | 1, nq, blocks * block_kv]
   heads_of = (hkv, heads // hkv) if lead_h > 1 else (1, 1)
   columns = columns.reshape(lead_b, *heads_of, nq, -1)
@@ -203,7 +232,7 @@ def _gather_columns(mask, heads, k, v, sides, first):
   def extend(x):
     picked = jnp.take_along_axis(x, where, axis=1)
     picked = jnp.where(absent, 0, picked)  # be it NaN
-    return jnp.concatenate([x, picked], axis=1)
+    return _join(x, picked, 1)
 
   missing = columns.reshape(rows.shape) < 0
   absent = jnp.broadcast_to(missing, (b, hkv, rows.shape[-1]))
@@ -216,7 +245,7 @@ def _gather_columns(mask, heads, k, v, sides, first):
       values, jnp.broadcast_to(rows, (*shape, rows.shape[-1])), axis=-1
     )
     picked = jnp.where(missing, side.padding, picked)
-    extended.append(_Side(jnp.concatenate([values, picked], -1), side.padding))
+    extended.append(_Side(_join(values, picked, -1), side.padding))
   at = jnp.arange(group * nq * blocks, dtype=jnp.int32)
   at = first + at.reshape(1, group, nq, blocks)
   indices = jnp.tile(at, (1, hkv, 1, 1)) if lead_h > 1 else at
@@ -231,19 +260,21 @@ def _append(indices, classes, members, extra, mask):
     # Every query of the block reads the columns.
     bits = block_mask.unpack_members(members, indices.shape[-1])
     more = jnp.ones((*extra.shape, mask.block_q), bool)
-    members = block_mask.pack_members(jnp.concatenate([bits, more], -2))
-  indices = jnp.concatenate([indices, extra], -1)
-  classes = jnp.concatenate(
-    [classes, jnp.full(extra.shape, rules.WHOLE, classes.dtype)], -1
-  )
+    members = block_mask.pack_members(_join(bits, more, -2))
+  indices = _join(indices, extra, -1)
+  whole = jnp.full(extra.shape, rules.WHOLE, classes.dtype)
+  classes = _join(classes, whole, -1)
   return indices, classes, members
 
 
-def _classify(lists, settings, kv_heads):
-  """Lowers the classes by rule, segments, padding and membership."""
-  if not settings.masked:
-    return lists
-  classes = lists.classes
+def classify(q, k, v, lists, settings):
+  """The classes, lowered by rule, segments, padding and membership.
+
+  Returns:
+    int32 [B | 1, H | 1, nq, C], alone in a tuple.
+  """
+  del q, v  # whose shards are followed
+  kv_heads, classes = k.shape[2], lists.classes
   blocks = lambda x, size: x.reshape(*x.shape[:-1], -1, size)
 
   def of_queries(x):  # smallest and largest, [B | 1, 1, nq, 1]
@@ -288,4 +319,4 @@ def _classify(lists, settings, kv_heads):
     classes = jnp.minimum(classes, rules.classes(all_absent, ~some_absent))
   if lists.members is not None:
     classes = jnp.minimum(classes, rules.PARTIAL)
-  return dataclasses.replace(lists, classes=classes)
+  return (classes,)

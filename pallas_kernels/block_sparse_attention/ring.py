@@ -15,7 +15,6 @@ from pallas_kernels import partitioning
 from pallas_kernels.block_sparse_attention import attention
 from pallas_kernels.block_sparse_attention import checks
 from pallas_kernels.block_sparse_attention import dispatch
-from pallas_kernels.block_sparse_attention import lists as lists_lib
 
 
 def ring_attention(
@@ -151,7 +150,7 @@ def _prepare(q, k, v, mask, staying, moving, settings, shard):
     indices=jnp.where(inside, indices, 0), columns=columns, kv_blocks=blocks
   )
   pairs = list(zip(staying, moving, strict=True))
-  return lists_lib.prepare(
+  return dispatch.prepare(
     q,
     k,
     v,
@@ -179,10 +178,7 @@ def _shard_at(step, axis_name):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _ring(q, k, v, mask, staying, moving, settings, axis_name):
   """Output and log-sum-exp over the keys of all devices."""
-  return _ring_fwd(q, k, v, mask, staying, moving, settings, axis_name)[0]
 
-
-def _ring_fwd(q, k, v, mask, staying, moving, settings, axis_name):
   def step(carry, at):
     (k_here, v_here, moving_here), out, lse = carry
     *call, full = _prepare(
@@ -208,7 +204,12 @@ def _ring_fwd(q, k, v, mask, staying, moving, settings, axis_name):
   lse = jnp.full_like(out[..., 0], -jnp.inf)
   steps = jnp.arange(lax.axis_size(axis_name))
   (_, out, lse), _ = lax.scan(step, ((k, v, moving), out, lse), steps)
-  out = out.astype(q.dtype)
+  return out.astype(q.dtype), lse
+
+
+def _ring_fwd(q, k, v, mask, staying, moving, settings, axis_name):
+  # Itself, so that it can be differentiated again by its own rule.
+  out, lse = _ring(q, k, v, mask, staying, moving, settings, axis_name)
   return (out, lse), (q, k, v, mask, staying, moving, out, lse)
 
 
@@ -228,8 +229,9 @@ def _ring_bwd(settings, axis_name, residuals, cotangents):
     *call, full = _prepare(
       q, k_here, v_here, mask, staying, moving_here, settings, shard
     )
+    *arrays, lists = call
     rest = (lse, delta, dout)
-    more, *of_keys = dispatch.on_shards(dispatch.BACKWARD, *call, rest, full)
+    more, *of_keys = attention.backward(*arrays, rest, lists, full)
     _, pull = jax.vjp(keys, k_here, v_here)
     of_keys = pull(tuple(of_keys))
     dk, dv = (

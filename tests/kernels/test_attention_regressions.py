@@ -307,9 +307,8 @@ def test_integers_that_vary_where_nothing_reads_them():
 
 def test_a_transpose_for_other_heads():
   arrays, mask = of_one_list()
-  edges = jnp.zeros((1, 1, 36), int)
   with pytest.raises(ValueError, match=r"mask\.with_transpose\(4, 2\)"):
-    XLA(*arrays, mask._replace(edges=edges))
+    XLA(*arrays, mask.with_transpose(4, 4))
 
 
 def test_lists_beyond_the_scalar_memory():

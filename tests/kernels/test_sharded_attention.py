@@ -89,13 +89,37 @@ class UnderJitTest(parameterized.TestCase):
   def test_shards_of_some(self, axes, call):
     self.check(axes, *call)
 
-  def check(self, axes, lead, of_q, of_k):
-    q, k, v, sinks, mask = make(lead)
+  def test_shards_of_the_mask(self):
+    self.check_mask(AxisType.Explicit, P(None, None, "z"))
+
+  @parameterized.product(
+    axes=(AxisType.Auto, AxisType.Explicit),
+    of_mask=(P("x"), P("x", "y", "z")),
+  )
+  @pytest.mark.slow
+  def test_shards_of_the_mask_and(self, axes, of_mask):
+    self.check_mask(axes, of_mask)
+
+  def check_mask(self, axes, of_mask):
+    self.check(axes, (2, 4), P("x", "z", "y"), P("x", None, "y"), of_mask)
+
+  @pytest.mark.slow
+  def test_shards_of_a_mask_with_everything(self):
+    """Its columns go with the keys, which every query may read."""
+    features = dict(columns=True, members=True, level=True)
+    of_q, of_k, of_mask = P("x", "z", "y"), P("x", None, "y"), P("x", "y", "z")
+    columns = 2 * 4 * BLOCKS * 32
+    self.check(
+      AxisType.Explicit, (2, 4), of_q, of_k, of_mask, columns, **features
+    )
+
+  def check(self, axes, lead, of_q, of_k, of_mask=None, most=H, **features):
+    q, k, v, sinks, mask = make(lead, **features)
     want = both(on_one, q, k, v, sinks, mask)
     mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(axes,) * 3)
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     args = (put(q, of_q), put(k, of_k), put(v, of_k), put(sinks, P()))
-    mask = jax.tree.map(lambda x: put(x, P()), mask)
+    mask = jax.tree.map(lambda x: put(x, of_mask or P()), mask)
     with jax.set_mesh(mesh):
       compiled = both.lower(on_one, *args, mask).compile()
       got = compiled(*args, mask)
@@ -107,7 +131,7 @@ class UnderJitTest(parameterized.TestCase):
     for x, like in ((out, args[0]), (dq, args[0]), (dk, args[1])):
       self.assertTrue(x.sharding.is_equivalent_to(like.sharding, x.ndim))
     # Nothing but the gradient of the sinks, which all devices hold.
-    self.assertLessEqual(moved(compiled.as_text()), H)
+    self.assertLessEqual(moved(compiled.as_text()), most)
 
   def test_vmap_over_shards(self):
     q, k, v, sinks, mask = make((2, 4))
@@ -194,6 +218,36 @@ class UnderShardMapTest(parameterized.TestCase):
       check_vma=True,
     )
     got = both(sharded, q, k, v, sinks, mask)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-5), got, want
+    )
+
+  def test_lists_by_key_block_of_all_queries(self):
+    self.check_transposed("block_sparse_attention")
+
+  @pytest.mark.slow
+  def test_lists_by_key_block_in_a_ring(self):
+    self.check_transposed("ring_attention")
+
+  def check_transposed(self, name):
+    """Lists by key block of all queries are not used for a shard of them."""
+    q, k, v, sinks, mask = make((1, 1), rule=None)
+    want = both(on_one, q, k, v, sinks, mask)
+    rows, made = P(None, "s"), mask.with_transpose(H, HKV)
+    kernel, keys = getattr(pallas_kernels, name), P()
+    options = dict(backend="tpu", interpret=True, return_lse=True)
+    if name == "ring_attention":
+      keys, options["axis_name"] = rows, "s"
+    sharded = jax.shard_map(
+      lambda q, k, v, sinks, mask: kernel(
+        q, k, v, mask, sinks=sinks, **options
+      ),
+      mesh=self.mesh,
+      in_specs=(rows, keys, keys, P(), P(None, None, "s")),
+      out_specs=(rows, rows),
+      check_vma=False,  # Pallas's interpreter does not pass it
+    )
+    got = both(sharded, q, k, v, sinks, made)
     jax.tree.map(
       functools.partial(np.testing.assert_allclose, atol=1e-5), got, want
     )
