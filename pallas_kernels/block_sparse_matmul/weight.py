@@ -47,10 +47,10 @@ class BlockSparseWeight:
 
     Lists have no gradient. So differentiate by the values, and train these:
 
+    >>> import dataclasses
     >>> def loss(values):
     ...   w = dataclasses.replace(weight, values=values)
     ...   return pallas_kernels.block_sparse_matmul(jnp.ones(2), w).sum()
-    >>> import dataclasses
     >>> jax.grad(loss)(weight.values).tolist()
     [[[1.0, 1.0]], [[1.0, 1.0]]]
 
