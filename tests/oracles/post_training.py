@@ -314,13 +314,14 @@ def dsnot_swaps(
 ):
   """A list of `Swap` for each output.
 
-  From the paper: the expected error e of an output is the sum of w_i * mean_i
-  over its pruned weights. A cycle regrows the pruned weight of the largest
+  As in the authors' code for masks without groups, with its option to keep the
+  sign: the expected error e of an output is the sum of w_i * mean_i over its
+  pruned weights. A cycle regrows the pruned weight of the largest
   sign(e) * w_i * mean_i / variance_i ** power, and prunes, of the kept weights
   with sign(e) * w_i * mean_i < 0, the one of the lowest Wanda score; both make
   |e| smaller. It ends with |e| < threshold, or after `cycles` of them.
 
-  What the paper leaves open and is settled here:
+  What is settled here, partly otherwise than in their code:
   - The threshold is looked at before each cycle, and before the first.
   - Both choices read the sign of e before the cycle.
   - A cycle that would turn the sign of e is not done, and the output is
