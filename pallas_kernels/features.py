@@ -27,6 +27,9 @@ from pallas_kernels import rules
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention.checks import BACKENDS
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul import BlockSparseWeight
+from pallas_kernels.block_sparse_matmul import sampled_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 S = 32  # queries and keys
@@ -146,6 +149,45 @@ class _Grouped:
     return arrays, np.array(self.sizes, np.int32), loss
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+  """The problem of a feature of `block_sparse_matmul`.
+
+  Attributes:
+    shape: of the weight, of which three blocks are listed and a fourth is not
+      used.
+    how: None, "vmap", "shard_map" or "second order".
+  """
+
+  shape: tuple[int, int] = (256, 384)
+  block: int = 128
+  sampled: bool = False
+  dtype: Any = jnp.float32
+  how: str | None = None
+
+  def problem(self, options):
+    """Arrays, lists, and the loss of both."""
+    normal = _draw(self.dtype)
+    k, n = self.shape
+    values = normal(4, self.block, self.block).at[3].set(jnp.nan)
+    lists = np.array([[1, 0], [0, 0], [1, 0]]), np.array([2, 0, 1])
+    arrays = dict(x=normal(5, k), values=values)
+    if self.sampled:
+      arrays["y"] = normal(5, n)
+    result = values.shape if self.sampled else (5, n)
+    arrays["cotangent"] = normal(*result)
+
+    def loss(primals, arrays, lists):
+      weight = BlockSparseWeight(primals["values"], *lists, shape=self.shape)
+      if self.sampled:
+        out = sampled_matmul(primals["x"], primals["y"], weight, **options)
+      else:
+        out = block_sparse_matmul(primals["x"], weight, **options)
+      return (out * arrays["cotangent"]).astype(jnp.float32).sum(), (out,)
+
+    return arrays, lists, loss
+
+
 _AT = np.arange(S, dtype=np.int32)
 _CAUSAL = dict(rule=rules.Causal())
 _TRIES = {
@@ -197,6 +239,14 @@ _TRIES |= {
   "grouped: vmap": _Grouped(how="vmap"),
   "grouped: shard_map": _Grouped(how="shard_map"),
   "grouped: second order": _Grouped(how="second order"),
+  "blocks: product": _Blocks(),
+  "blocks: sampled product": _Blocks(sampled=True),
+  "blocks: hang over the edge": _Blocks((200, 300)),
+  "blocks: of 32": _Blocks((64, 96), block=32),
+  "blocks: bf16": _Blocks(dtype=jnp.bfloat16),
+  "blocks: vmap": _Blocks(how="vmap"),
+  "blocks: shard_map": _Blocks(how="shard_map"),
+  "blocks: second order": _Blocks(how="second order"),
 }
 FEATURES = tuple(_TRIES)
 
