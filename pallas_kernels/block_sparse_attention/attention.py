@@ -198,16 +198,16 @@ def without(lists, kept):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def run(q, k, v, lists, settings):
   """out, lse and kept of prepared arguments; see xla.forward."""
-  return _run_fwd(q, k, v, lists, settings)[0]
-
-
-def _run_fwd(q, k, v, lists, settings):
   out, lse, *kept = dispatch.on_shards(
     dispatch.FORWARD, q, k, v, lists, (), settings
   )
-  kept = kept[0] if kept else None
-  lists = without(lists, kept)
-  return (out, lse, kept), (q, k, v, lists, out, lse)
+  return out, lse, kept[0] if kept else None
+
+
+def _run_fwd(q, k, v, lists, settings):
+  # Itself, so that it can be differentiated again by its own rule.
+  out, lse, kept = run(q, k, v, lists, settings)
+  return (out, lse, kept), (q, k, v, without(lists, kept), out, lse)
 
 
 def delta(out, dout, dlse):
@@ -222,12 +222,39 @@ def _run_bwd(settings, residuals, cotangents):
   q, k, v, lists, out, lse = residuals
   dout, dlse, _ = cotangents
   rest = (lse, delta(out, dout, dlse), dout)
-  grads = dispatch.on_shards(dispatch.BACKWARD, q, k, v, lists, rest, settings)
+  grads = backward(q, k, v, rest, lists, settings)
   grads = map(partitioning.sum_like, grads, (q, k, v))
   return *grads, None
 
 
 run.defvjp(_run_fwd, _run_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def backward(q, k, v, rest, lists, settings):
+  """Gradients of q, k and v; see xla.backward. Its own are plain XLA's."""
+  return dispatch.on_shards(dispatch.BACKWARD, q, k, v, lists, rest, settings)
+
+
+def _backward_fwd(q, k, v, rest, lists, settings):
+  return backward(q, k, v, rest, lists, settings), (q, k, v, rest, lists)
+
+
+def _backward_bwd(settings, residuals, cotangents):
+  q, k, v, rest, lists = residuals
+  if settings.backend == "tpu":
+    raise ValueError(
+      "backend is 'tpu', which has no second derivatives; use 'xla' or None."
+    )
+  dq, dk, dv, *of_rest = dispatch.on_shards(
+    dispatch.TWICE, q, k, v, lists, (*rest, *cotangents), settings
+  )
+  found = map(partitioning.sum_like, (dq, dk, dv, *of_rest), (q, k, v, *rest))
+  dq, dk, dv, *of_rest = found
+  return dq, dk, dv, tuple(of_rest), None
+
+
+backward.defvjp(_backward_fwd, _backward_bwd)
 
 
 def _unread(q):

@@ -64,6 +64,13 @@ BACKWARD = Pass(
   summed=((1, "n"), (2, "n")),
   by_key=True,
 )
+TWICE = Pass(  # takes the cotangents of q's, k's and v's gradients as well
+  xla.twice,
+  None,
+  (*BACKWARD.rest, "q", "k", "k"),
+  ("q", "k", "k", *BACKWARD.rest),
+  summed=((1, "n"), (2, "n")),
+)
 BLOCK_MASS = Pass(xla.block_mass, None, ("lse",), ("indices",))
 
 

@@ -39,6 +39,7 @@ class Settings:
   skippable: int = 0  # slots that skip_threshold is for
   arange: bool = False  # positions are indices
   kv_len: int = 0  # keys without padding
+  every_chunk: bool = False  # in plain XLA, also those that nothing is run of
   fuse: int | None = None  # listed blocks a step of the TPU kernel takes
   backend: str = "xla"
   interpret: Any = False

@@ -247,8 +247,10 @@ def _skip(s, running, positions, at, settings):
   return split.reshape(s.shape), kept
 
 
-def _chunks(classes, shape):
-  """How many chunks hold a slot that is run."""
+def _chunks(classes, shape, settings):
+  """How many chunks hold a slot that is run, or the number of all."""
+  if settings.every_chunk:  # JAX differentiates loops of a static length
+    return shape.slots // shape.chunk
   slot = jnp.arange(1, shape.slots + 1)
   last = jnp.where(classes > rules.SKIP, slot, 0).max()
   return (last + shape.chunk - 1) // shape.chunk
@@ -323,7 +325,7 @@ def forward(q, k, v, lists, settings):
         jnp.zeros_like(tiles["classes"], dtype=bool),
       )
       acc, top, total, kept = lax.fori_loop(
-        0, _chunks(tiles["classes"], shape), chunk, state
+        0, _chunks(tiles["classes"], shape, settings), chunk, state
       )
     some = total != 0
     safe = jnp.where(some, total, 1)
@@ -399,7 +401,7 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
     if shape.chunk == shape.slots:
       dq, *carry = run(0, state)
     else:
-      count = _chunks(tiles["classes"], shape)
+      count = _chunks(tiles["classes"], shape, settings)
       dq, *carry = lax.fori_loop(0, count, run, state)
     dq = (dq * settings.scale).astype(q.dtype)
     return tuple(carry), {"dq": dq}, {}
@@ -412,6 +414,26 @@ def backward(q, k, v, lists, lse, delta, dout, settings):
     return jnp.swapaxes(x[:-1].reshape(b, h, t, d), 1, 2).astype(like.dtype)
 
   return rows["dq"], unblock(dk, k), unblock(dv, v)
+
+
+def twice(q, k, v, lists, lse, delta, dout, *cotangents, settings):
+  """Gradients of the backward pass.
+
+  Args:
+    q: as in `backward`; so are the others.
+    *cotangents: of dq, dk and dv.
+    settings: Settings.
+
+  Returns:
+    Gradients of q, k, v, lse, delta and dout.
+  """
+  settings = dataclasses.replace(settings, every_chunk=True)
+
+  def gradients(q, k, v, *rest):
+    return backward(q, k, v, lists, *rest, settings=settings)
+
+  _, pull = jax.vjp(gradients, q, k, v, lse, delta, dout)
+  return pull(cotangents)
 
 
 def block_mass(q, k, v, lists, lse, settings):
@@ -444,7 +466,7 @@ def block_mass(q, k, v, lists, lse, settings):
       return lax.dynamic_update_slice_in_dim(mass, part, at * shape.chunk, 1)
 
     mass = jnp.zeros_like(tiles["classes"], dtype=jnp.float32)
-    count = _chunks(tiles["classes"], shape)
+    count = _chunks(tiles["classes"], shape, settings)
     return carry, {}, {"mass": lax.fori_loop(0, count, chunk, mass)}
 
   _, _, tiles = _over_tiles(tile, None, by_row, by_tile, shape)

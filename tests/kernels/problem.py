@@ -68,6 +68,7 @@ RACES = _tpu(
   pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
   slow=True,
 )
+DEFAULT = Backend("default", (("backend", None),))
 BACKENDS = (REFERENCE, XLA, TPU)
 
 

@@ -19,6 +19,7 @@ from tests.kernels import problem
 from tests.kernels import test_aot
 from tests.kernels import test_costs
 from tests.kernels.problem import Case
+from tests.kernels.problem import DEFAULT
 from tests.kernels.problem import REFERENCE
 from tests.kernels.problem import XLA
 
@@ -635,9 +636,9 @@ def test_scan_over_layers_with_checkpoint(backend):
   np.testing.assert_allclose(got, dx, atol=1e-5, rtol=1e-5)
 
 
-@problem.xla_first
+@problem.each(REFERENCE, XLA, problem.TPU, DEFAULT, slow=(REFERENCE,))
 def test_second_order(backend):
-  """Exact where it is defined; a kernel may refuse, but not be wrong."""
+  """Exact where it is defined; a kernel refuses it."""
   (q, k, v), dout = problem.qkv(1, 20, 20, 2, 1, 8)
   mask = full_mask(20, 20, rule=CAUSAL)
 
@@ -650,13 +651,69 @@ def test_second_order(backend):
 
   attend = lambda *x: backend(*x, mask)
   if backend.kernel:
-    with pytest.raises((NotImplementedError, ValueError)):
+    with pytest.raises(ValueError, match="'tpu', which has no second"):
       second(attend)
     return
   allowed = np.tril(np.ones((1, 1, 20, 20), bool))
   want = second(lambda *x: dense(x, allowed))
   for got, x in zip(second(attend), want, strict=True):
     np.testing.assert_allclose(got, x, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["chunks", "shards", "ring"])
+def test_second_order_of(where, monkeypatch):
+  """Of the log-sum-exp, sinks and all features too, against the definition."""
+  made = problem.make(
+    Case(queries=64, keys=64, capacity=4, rule=CAUSAL, members=True, sinks=True)
+  )
+  if where == "chunks":
+    monkeypatch.setattr(xla, "CHUNK", 32)
+  mesh = jax.make_mesh(
+    (2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  rows, lists = jax.P(None, "y"), jax.P(None, None, "y")
+
+  def on_mesh(q, k, v, sinks, mask):
+    q, k, v = (
+      jax.lax.with_sharding_constraint(
+        x, jax.NamedSharding(mesh, jax.P("x", at))
+      )
+      for x, at in ((q, "y"), (k, None), (v, None))
+    )
+    return DEFAULT(q, k, v, mask, sinks=sinks, return_lse=True)
+
+  def in_ring(q, k, v, sinks, mask):
+    return jax.shard_map(
+      lambda q, k, v, sinks, mask: pk.ring_attention(
+        q, k, v, mask, sinks=sinks, return_lse=True, axis_name="y"
+      ),
+      mesh=mesh,
+      in_specs=(rows, rows, rows, jax.P(), lists),
+      out_specs=(rows, rows),
+    )(q, k, v, sinks, mask)
+
+  def plain(backend, q, k, v, sinks, mask):
+    return backend(q, k, v, mask, sinks=sinks, return_lse=True)
+
+  def second(attend, arrays):
+    def norm(arrays):
+      def loss(arrays):
+        out, lse = attend(**arrays, mask=made.mask)
+        return (made.dout * out).sum() + jnp.sin(lse).sum()
+
+      return sum((x**2).sum() for x in jax.grad(loss)(arrays).values())
+
+    return problem.jit(jax.grad(norm))(arrays)
+
+  want = second(functools.partial(plain, REFERENCE), made.arrays)
+  with jax.set_mesh(mesh):
+    attend = dict(shards=on_mesh, ring=in_ring).get(
+      where, functools.partial(plain, DEFAULT)
+    )
+    got = second(attend, made.arrays)
+  for name, x in got.items():
+    np.testing.assert_allclose(x, want[name], atol=2e-4, rtol=2e-4)
 
 
 @problem.xla_first
