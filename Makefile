@@ -1,5 +1,6 @@
 # Every target sets itself up: .venv is made where there is none and refreshed
-# when pyproject.toml changes (see scripts/set_up.sh). Options go in ARGS:
+# when pyproject.toml or requirements-models.txt changes (see scripts/set_up.sh).
+# Options go in ARGS:
 #   make test ARGS="-k rigl"
 
 PYTHON_IN_VENV := .venv/bin/python

