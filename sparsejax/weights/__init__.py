@@ -23,6 +23,15 @@ from sparsejax.weights.methods.nm import sr_ste
 from sparsejax.weights.methods.nm import structure_decay
 from sparsejax.weights.methods.pruning import gradual_magnitude
 from sparsejax.weights.methods.pruning import static
+from sparsejax.weights.post_training import dsnot
+from sparsejax.weights.post_training import magnitude_pruning
+from sparsejax.weights.post_training import owl
+from sparsejax.weights.post_training import prune
+from sparsejax.weights.post_training import Pruned
+from sparsejax.weights.post_training import reconstruction_error
+from sparsejax.weights.post_training import sparsegpt
+from sparsejax.weights.post_training import wanda
+from sparsejax.weights.post_training import wanda_scores
 from sparsejax.weights.rules import Rule
 from sparsejax.weights.scores import gradient
 from sparsejax.weights.scores import leaky_gradient
