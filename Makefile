@@ -1,5 +1,5 @@
 # Every target sets itself up: .venv is made where there is none and refreshed
-# when pyproject.toml or requirements-models.txt changes (see scripts/set_up.sh).
+# when pyproject.toml or requirements-models.txt changes (scripts/set_up.sh).
 # Options go in ARGS:
 #   make test ARGS="-k rigl"
 
