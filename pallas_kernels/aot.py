@@ -102,8 +102,9 @@ class Compiled:
     memory: Bytes on each chip, by "argument", "output", "alias" (of donated
       arguments, which are also outputs), "temp" and "generated_code".
     cost: What XLA counts a chip to do, such as "flops" and "bytes accessed".
-      XLA counts nothing inside of a Pallas kernel without a cost estimate of
-      its own, and a loop's body as if it ran once. None on GPUs.
+      Of a Pallas kernel it takes the kernel's own estimate (those here are of
+      full lists and groups) or counts nothing, and of a loop it counts the body
+      as if it ran once. None on GPUs.
     kernels: The Pallas kernels by name, each kernel once however often it is
       called: `schedules.Schedule` on TPUs, `GPUKernel` on GPUs. Where several
       have one name, a number is left behind it.
@@ -125,6 +126,7 @@ class Compiled:
       flops = self.cost.get("flops", 0)
       moved = _bytes(self.cost.get("bytes accessed", 0))
       lines.append(f"cost a chip: {flops:.3g} flops, {moved} accessed")
+      lines.append("(of kernels their own estimate; of loops one turn)")
     on_tpu = [k for k in self.kernels.values() if not isinstance(k, GPUKernel)]
     if on_tpu:
       head = "kernel,body,step,other bodies,MXU slots,MXU,spills,copied a step"

@@ -113,6 +113,18 @@ class _Shape:
   def width(self):
     return self.fuse * self.block_kv
 
+  def cost(self, products, block, dtype, settings):
+    """What XLA is told of a kernel, which cannot know how many are listed.
+
+    As if every list were full: flops and transcendentals, and the bytes of two
+    blocks of `block` rows for each pair.
+    """
+    pairs = self.batch * self.heads * self.nq * self.slots
+    logits = pairs * self.block_q * self.block_kv
+    of_each = 1 if settings.softcap is None else 2
+    rows = pairs * block * self.dim * jnp.dtype(dtype).itemsize
+    return products * 2 * self.dim * logits, of_each * logits, 2 * rows
+
   @classmethod
   def of(cls, q, k, lists, settings):
     b, s, h, d = q.shape
@@ -335,14 +347,23 @@ def _integers(lists, settings, shape):
 
 
 def _call(body, name, grid, prefetch, operands, outputs, out_specs, scratch,
-          parallel, settings):  # fmt: skip
-  """A pallas_call with prefetched lists; outputs vary as the inputs do."""
+          parallel, settings, cost):  # fmt: skip
+  """A pallas_call with prefetched lists; outputs vary as the inputs do.
+
+  `cost` is flops, transcendentals and bytes of the blocks of all pairs.
+  """
   arrays = partitioning.vary_alike(*prefetch, *operands.arrays)
   axes = partitioning.varying(arrays[0])
   for_all = jax.sharding.ManualAxisType(varying=axes)
   outputs = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=for_all),
     outputs,
+  )
+  each = {id(x): x for x in (*arrays, *jax.tree.leaves(outputs))}
+  once = sum(x.size * x.dtype.itemsize for x in each.values())
+  flops, transcendentals, moved = cost
+  estimate = pl.CostEstimate(
+    flops=flops, transcendentals=transcendentals, bytes_accessed=moved + once
   )
   order = ("parallel",) * parallel
   order += ("arbitrary",) * (len(grid) - parallel)
@@ -351,6 +372,7 @@ def _call(body, name, grid, prefetch, operands, outputs, out_specs, scratch,
     name=name,
     out_shape=outputs,
     interpret=settings.interpret,
+    cost_estimate=estimate,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(prefetch),
       grid=grid,
@@ -653,6 +675,7 @@ def _forward(q, k, v, lists, settings):
     [pltpu.VMEM((s.block_q, n), f32) for n in (LANES, LANES, dim)],
     3,
     settings,
+    s.cost(2, s.block_kv, k.dtype, settings),
   )
   lse = jnp.swapaxes(lse.reshape(s.batch, s.heads, -1), 1, 2)
   if skipping:
@@ -738,6 +761,7 @@ def _backward_q(q, k, v, dout, statistics, lists, settings):
     [pltpu.VMEM((shape.block_q, n), f32) for n in (LANES, LANES, dim)],
     3,
     settings,
+    shape.cost(3, shape.block_kv, k.dtype, settings),
   )
   return dq.reshape(q.shape)
 
@@ -886,5 +910,6 @@ def _backward_kv(q, k, v, dout, statistics, lists, settings):
     [pltpu.VMEM((s.block_kv, s.dim), f32)] * 2,
     2,
     settings,
+    s.cost(4, s.block_q, q.dtype, settings),
   )
   return dk.reshape(k.shape), dv.reshape(v.shape)

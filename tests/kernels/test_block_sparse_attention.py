@@ -11,6 +11,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import aot
+from pallas_kernels import costs
 from pallas_kernels.block_sparse_attention import attention
 from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention import xla
@@ -836,6 +837,21 @@ def test_skipping_compiles_for_tpu(block, rule):
 
 
 # Memory.
+
+
+def test_kernels_tell_what_they_cost():
+  """As `costs` counts it, where the lists are full."""
+  (q, k, v), _ = problem.qkv(2, 512, 512, 4, 2, 128, dtype="bfloat16")
+  mask = full_mask(512, 512)
+  attend = lambda *x: problem.TPU(*x, mask).astype(jnp.float32).sum()
+  found = str(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(q, k, v))
+  found = re.findall(r"CostEstimate\(flops=(\d+).*?accessed=(\d+)", found)
+  flops, moved = (sum(map(int, x)) for x in zip(*found, strict=True))
+  assert len(found) == 3
+  want = costs.cost(mask, q.shape, k.shape, dtype=q.dtype, backward=True)
+  assert flops == want.flops * 9 / 7  # logits and dP are computed twice
+  written = want.bytes_read + want.bytes_written
+  assert 0.9 * written < moved < 1.1 * written
 
 
 def test_memory_grows_with_what_is_listed():
