@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -415,25 +416,39 @@ class BlockMask:
     pad = nq * block_q - queries
     indices = jnp.pad(
       indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
-    ).reshape(b, h, nq, block_q, width)
-    # chosen[..., r, j]: query r of the tile chose key block j.
-    rows = indices.reshape(-1, width)
-    rows = jnp.where((rows >= 0) & (rows < kv_blocks), rows, kv_blocks)
-    chosen = jnp.zeros((rows.shape[0], kv_blocks + 1), bool)
-    chosen = chosen.at[jnp.arange(rows.shape[0])[:, None], rows].set(True)
-    chosen = chosen[:, :kv_blocks].reshape(b, h, nq, block_q, kv_blocks)
-    votes = chosen.sum(-2, dtype=jnp.int32)
+    )
+    indices = jnp.where(
+      (indices >= 0) & (indices < kv_blocks), indices, kv_blocks
+    )
+    chosen = _without_repetition(jnp.sort(indices, axis=-1), kv_blocks)
+    chosen = chosen.reshape(b, h, nq, block_q, width)
+    # A table has a row for every tile. Its entries are counted through, which
+    # makes one number of each choice and not two.
+    tile = jnp.arange(b * h * nq, dtype=jnp.int32).reshape(b, h, nq)
+    table = (b, h, nq, kv_blocks + 1)
+    entry = tile[..., None, None] * table[-1] + chosen
+    votes = jnp.zeros(math.prod(table), jnp.int32).at[entry].add(1)
+    votes = votes.reshape(table)[..., :kv_blocks]
     counts = (votes > 0).sum(-1, dtype=jnp.int32)
     slots = min(capacity, kv_blocks)
     _, listed = jax.lax.top_k(votes, slots)
     listed = jnp.where(jnp.arange(slots) < counts[..., None], listed, kv_blocks)
     listed = jnp.sort(listed, axis=-1)
-    bits = jnp.take_along_axis(
-      chosen, jnp.minimum(listed, kv_blocks - 1)[..., None, :], axis=-1
+    words = -(-slots // MEMBER_BITS)
+    slot_of = jnp.full(table, slots, jnp.int32)
+    slot_of = jnp.put_along_axis(
+      slot_of, listed, jnp.arange(slots, dtype=jnp.int32), -1, inplace=False
     )
-    bits = jnp.swapaxes(bits, -1, -2) & (listed < kv_blocks)[..., None]
+    slot = slot_of.at[..., kv_blocks].set(slots).reshape(-1)[entry]
+    # Each query chose a block once, so that adding its bits joins them.
+    word = tile[..., None, None] * words + slot // MEMBER_BITS
+    word = word * block_q + jnp.arange(block_q, dtype=jnp.int32)[:, None]
+    bit = jnp.uint32(1) << (slot % MEMBER_BITS).astype(jnp.uint32)
+    members = jnp.zeros((b, h, nq, words, block_q), jnp.uint32)
+    flat = members.reshape(-1).at[word].add(jnp.where(slot < slots, bit, 0))
+    members = flat.reshape(members.shape)
     listed = jnp.where(listed < kv_blocks, listed, 0)
-    return cls._of_canonical(listed, counts, static, pack_members(bits))
+    return cls._of_canonical(listed, counts, static, members)
 
   @property
   def capacity(self) -> int:
@@ -681,16 +696,28 @@ def _joined(same, bits):
 
 
 def _without_repetition(key, nothing):
+  # Written to a new array: XLA on CPU may update key in place and then
+  # compare with what it has written.
   repeated = key[..., 1:] == key[..., :-1]
-  return key.at[..., 1:].set(jnp.where(repeated, nothing, key[..., 1:]))
+  repeated = jnp.pad(repeated, [(0, 0)] * (key.ndim - 1) + [(1, 0)])
+  return jnp.where(repeated, nothing, key)
+
+
+@functools.partial(jnp.vectorize, signature="(t),(c)->(t)")
+def _among(x, ascending):
+  """Which entries of x are among the others."""
+  if not ascending.size:
+    return jnp.zeros_like(x, dtype=bool)
+  at = jnp.searchsorted(ascending, x)
+  return ascending[jnp.minimum(at, ascending.size - 1)] == x
 
 
 def _canonical_columns(columns, indices, counts, block_kv, kv_blocks):
   """Ascending, distinct, outside the listed blocks; then -1."""
   end = kv_blocks * block_kv
   listed = jnp.arange(indices.shape[-1]) < counts[..., None]
-  blocks = jnp.where(listed, indices, -1)
-  inside = ((columns // block_kv)[..., None] == blocks[..., None, :]).any(-1)
+  blocks = jnp.where(listed, indices, kv_blocks)
+  inside = _among(columns // block_kv, blocks)
   valid = (columns >= 0) & (columns < end) & ~inside
   key = jnp.sort(jnp.where(valid, columns, end), axis=-1)
   key = jnp.sort(_without_repetition(key, end), axis=-1)

@@ -422,15 +422,25 @@ class CanonicalListsTest(parameterized.TestCase):
       counts = jnp.minimum(mask.counts, 2)
       assert_same(mask._replace(counts=counts), again(mask))
 
-  def test_temporaries_are_of_the_tables_size(self):
-    shape, tables = (1, 4, 4096, 16), 4 * 4096 * 64
-    x = jax.ShapeDtypeStruct(shape, jnp.int32)
+  def test_temporaries_are_of_the_choices_size(self):
+    """And not of a table of all queries and key blocks."""
+    x = jax.ShapeDtypeStruct((1, 4, 4096, 4), jnp.int32)
     lowered = jax.jit(from_queries.__wrapped__, static_argnums=(2, 3, 4)).lower(
-      x, None, 16, 64, 64
+      x, None, 64, 512, 64
     )
     memory = lowered.compile().memory_analysis()
-    # 15 when the constructor sorted the lists twice more.
-    self.assertLess(memory.temp_size_in_bytes, 5 * tables)
+    self.assertLess(memory.temp_size_in_bytes, 4 * 4096 * 512 / 2)
+
+  def test_columns_are_not_compared_with_every_block(self):
+    indices, columns = (
+      jax.ShapeDtypeStruct((1, 4, 32, n), jnp.int32) for n in (64, 512)
+    )
+    make = lambda x, y: pk.BlockMask(
+      x, columns=y, block_q=16, block_kv=16, kv_blocks=512
+    )
+    compiled = jax.jit(make).lower(indices, columns).compile()
+    memory = compiled.memory_analysis()
+    self.assertLess(memory.temp_size_in_bytes, 4 * 32 * 64 * 512)
 
 
 class TableTest(parameterized.TestCase):
