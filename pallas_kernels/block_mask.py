@@ -20,13 +20,22 @@ def _require(condition: bool, message: str) -> None:
     raise ValueError(message)
 
 
-def _int_array(name: str, value, dtype=jnp.int32) -> jax.Array:
-  value = jnp.asarray(value)
+def _int_array(name: str, value) -> jax.Array:
+  """int32; what it does not reach is clipped, and not wrapped."""
+  if not isinstance(value, jax.Array):
+    try:
+      value = np.asarray(value)  # JAX would wrap 64 bits
+    except jax.errors.TracerArrayConversionError:  # a list of traced numbers
+      value = jnp.asarray(value)
   _require(
     jnp.issubdtype(value.dtype, jnp.integer),
     f"{name} has dtype {value.dtype}; it must hold integers.",
   )
-  return value.astype(dtype)
+  if value.dtype in (np.int64, np.uint64, np.uint32):
+    most = np.iinfo(np.int32)
+    low = 0 if value.dtype.kind == "u" else most.min
+    value = value.clip(low, most.max)
+  return jnp.asarray(value, jnp.int32)
 
 
 def _is_integer(value) -> bool:
@@ -59,14 +68,7 @@ def _static_fields(block_q, block_kv, kv_blocks, rule) -> dict:
   _power_of_two("block_kv", block_kv, 16, 512)
   _at_least("kv_blocks", kv_blocks, 0)
   if rule is not None:
-    hash(rule)
-    _require(callable(rule), f"rule is {rule!r}; it must be callable.")
-    held = [x.shape for x in rules.arrays_of(rule)]
-    _require(
-      not held,
-      f"rule holds arrays, {held}; it may hold numbers only (segment ids tell "
-      "documents apart).",
-    )
+    rules.check(rule)
   sizes = dict(block_q=block_q, block_kv=block_kv, kv_blocks=kv_blocks)
   return {name: int(size) for name, size in sizes.items()} | {"rule": rule}
 
@@ -507,8 +509,10 @@ class BlockMask:
       ValueError: for heads that do not fit the mask or each other.
     """
     b, h, nq, capacity = self.indices.shape
+    _at_least("num_heads", num_heads, 1)
+    _at_least("num_kv_heads", num_kv_heads, 1)
     _require(
-      h in (1, num_heads) and num_heads % max(num_kv_heads, 1) == 0,
+      h in (1, num_heads) and num_heads % num_kv_heads == 0,
       f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; the mask has "
       f"{h} heads, and the query heads must be a multiple of the key heads.",
     )
@@ -611,6 +615,11 @@ def _bits(mask):
 
 
 def _check_pair(sign, left, right):
+  _require(
+    isinstance(right, BlockMask),
+    f"{sign} of a BlockMask and a {type(right).__name__}; both must be "
+    "BlockMasks (from_blocks makes one of a dense table).",
+  )
   for name in ("block_q", "block_kv", "kv_blocks"):
     ours, theirs = getattr(left, name), getattr(right, name)
     _require(
@@ -627,7 +636,13 @@ def _check_pair(sign, left, right):
 
 def _share_lists(*masks):
   """The masks with leading dimensions broadcast against each other."""
-  lead = jnp.broadcast_shapes(*(m.counts.shape[:2] for m in masks))
+  leads = [m.counts.shape[:2] for m in masks]
+  for name, sizes in zip(("batch", "heads"), zip(*leads), strict=True):
+    _require(
+      len({*sizes} - {1}) < 2,
+      f"masks with {name} {sizes}; they must be equal, or one of them 1.",
+    )
+  lead = jnp.broadcast_shapes(*leads)
 
   def spread(x):
     return None if x is None else jnp.broadcast_to(x, (*lead, *x.shape[2:]))

@@ -137,6 +137,10 @@ def _check(mask, q_shape, kv_shape):
   if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask)):
     raise ValueError("mask is traced; costs are counted from a concrete mask.")
   for name, shape in (("q_shape", q_shape), ("kv_shape", kv_shape)):
+    if hasattr(shape, "shape"):
+      raise ValueError(
+        f"{name} is an array of shape {shape.shape}; give the shape alone."
+      )
     if len(shape) != 4:
       raise ValueError(
         f"{name} is {tuple(shape)}; it must be (batch, sequence, heads, "

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SKIP, PARTIAL, WHOLE = (
   0,
@@ -26,14 +27,27 @@ def classes(skip: jax.Array, whole: jax.Array) -> jax.Array:
   return jnp.where(skip, SKIP, jnp.where(whole, WHOLE, PARTIAL))
 
 
+def _rule(sign, rule):
+  if not callable(rule) or isinstance(rule, type):
+    raise ValueError(
+      f"{sign} of a rule and {rule!r}; it must be a rule as well.{_hint(rule)}"
+    )
+  return rule
+
+
+def _hint(rule):
+  """For a class that was meant to be called."""
+  return f" Did you mean {rule.__name__}()?" if isinstance(rule, type) else ""
+
+
 class Rule:
   """A rule that combines with `&` and `|`."""
 
   def __and__(self, other):
-    return All((self, other))
+    return All((self, _rule("&", other)))
 
   def __or__(self, other):
-    return Any((self, other))
+    return Any((self, _rule("|", other)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +90,13 @@ class Window(Rule):
   def __post_init__(self):
     for name in ("left", "right"):
       value = getattr(self, name)
-      if not isinstance(value, int) or value < 0:
+      whole = isinstance(value, int | np.integer)
+      if not whole or isinstance(value, bool) or value < 0:
         raise ValueError(
           f"{name} is {value!r}; it must be an integer of at least 0."
         )
       # Differences of positions reach this, and int32 no further.
-      object.__setattr__(self, name, min(value, 2**31 - 1))
+      object.__setattr__(self, name, min(int(value), 2**31 - 1))
 
   def __call__(self, q_position, k_position):
     ahead = jnp.subtract(k_position, q_position)
@@ -125,13 +140,39 @@ class Any(Rule):
     )
 
 
-def arrays_of(rule) -> list:
-  """The arrays that a rule closes over, traced ones too; it should have none.
+def check(rule) -> None:
+  """ValueError for what is no rule. Traces it once.
 
-  A kernel's body has no place for them. Finding them traces the rule.
+  A kernel's body has no place for arrays that a rule closes over, traced ones
+  too.
   """
+  if not callable(rule) or isinstance(rule, type):
+    raise ValueError(
+      f"rule is {rule!r}; it must be callable, or None.{_hint(rule)}"
+    )
+  try:
+    hash(rule)
+  except TypeError as e:
+    raise ValueError(f"rule is {rule!r}; it must be hashable ({e}).") from e
   at = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.make_jaxpr(rule)(at, at).consts
+  takes = "rule(q_position, k_position) of int32 arrays must give bools"
+  try:
+    traced = jax.make_jaxpr(rule)(at, at)
+  except jax.errors.TracerBoolConversionError as e:
+    raise ValueError(
+      f"rule is {rule!r}, which takes the truth of an array (by `if`, `and`, "
+      f"`or` or `not`); {takes}, by jnp.where, `&`, `|` or `~`."
+    ) from e
+  except TypeError as e:
+    raise ValueError(f"rule is {rule!r}; {takes}: {e}") from e
+  if [x.dtype for x in traced.out_avals] != [bool]:
+    got = ", ".join(str(x.dtype) for x in traced.out_avals)
+    raise ValueError(f"rule is {rule!r}, which gives {got}; {takes}.")
+  if traced.consts:
+    raise ValueError(
+      f"rule holds arrays, {[x.shape for x in traced.consts]}; it may hold "
+      "numbers only (segment ids tell documents apart)."
+    )
 
 
 def classify(rule, q_min, q_max, k_min, k_max) -> jax.Array:

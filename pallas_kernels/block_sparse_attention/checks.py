@@ -1,6 +1,10 @@
 """Whether the arguments of a call fit each other."""
 
+import math
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import block_mask
 from pallas_kernels.block_sparse_attention import lists as lists_lib
@@ -42,11 +46,10 @@ def check(
   b, s, h, d = q.shape
   t = k.shape[1]
   positions = (
-    _integers("q_positions", q_positions, b, s, jnp.arange(s)),
-    _integers("kv_positions", kv_positions, b, t, jnp.arange(t)),
+    _integers("q_positions", _near(q_positions), b, s, jnp.arange(s)),
+    _integers("kv_positions", _near(kv_positions), b, t, jnp.arange(t)),
   )
-  far = lists_lib.FAR
-  positions = tuple(jnp.clip(x, 1 - far, far - 1) for x in positions)
+  positions = tuple(map(_near, positions))
   segments = None
   if (q_segment_ids is None) != (kv_segment_ids is None):
     raise ValueError(
@@ -59,17 +62,29 @@ def check(
       _integers("kv_segment_ids", kv_segment_ids, b, t),
     )
   if sinks is not None:
-    sinks = jnp.asarray(sinks, jnp.float32)
+    sinks = _array("sinks", sinks, f"real numbers, [{h}]")
+    if jnp.issubdtype(sinks.dtype, jnp.complexfloating):
+      raise ValueError(f"sinks has dtype {sinks.dtype}; it must be real.")
+    sinks = sinks.astype(jnp.float32)
     if sinks.shape != (h,):
       raise ValueError(
         f"sinks has shape {sinks.shape}; it must be ({h},), one a query head."
       )
-  if softcap is not None and not softcap > 0:
-    raise ValueError(f"softcap is {softcap}; it must be positive.")
-  if skip_threshold is not None and not 0 <= skip_threshold < 1:
-    raise ValueError(
-      f"skip_threshold is {skip_threshold}; it must be in [0, 1)."
-    )
+  scale = d**-0.5 if scale is None else _number("scale", scale)
+  if not math.isfinite(scale):
+    raise ValueError(f"scale is {scale}; it must be finite.")
+  if softcap is not None:
+    softcap = _number("softcap", softcap)
+    if not 0 < softcap < math.inf:
+      raise ValueError(
+        f"softcap is {softcap}; it must be positive and finite, or None."
+      )
+  if skip_threshold is not None:
+    skip_threshold = _number("skip_threshold", skip_threshold)
+    if not 0 <= skip_threshold < 1:
+      raise ValueError(
+        f"skip_threshold is {skip_threshold}; it must be in [0, 1)."
+      )
   if skip_threshold and mask.level is not None:
     raise ValueError(
       f"skip_threshold is {skip_threshold}; with a mask that has level it must "
@@ -91,9 +106,9 @@ def check(
   settings = lists_lib.Settings(
     block_q=mask.block_q,
     block_kv=mask.block_kv,
-    scale=d**-0.5 if scale is None else float(scale),
-    softcap=None if softcap is None else float(softcap),
-    skip_threshold=float(skip_threshold) if skip_threshold else None,
+    scale=scale,
+    softcap=softcap,
+    skip_threshold=skip_threshold or None,
     arange=q_positions is None and kv_positions is None,
     backend=backend or "auto",
     interpret=interpret,
@@ -103,6 +118,11 @@ def check(
 
 def _arrays(q, k, v, mask):
   for name, x in (("q", q), ("k", k), ("v", v)):
+    if not hasattr(x, "dtype"):
+      raise ValueError(
+        f"{name} is a {type(x).__name__}; it must be a floating array, [batch, "
+        "sequence, heads, head_dim]."
+      )
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(
         f"{name} is {x.dtype}{list(x.shape)}; it must be floating, [batch, "
@@ -134,7 +154,8 @@ def _arrays(q, k, v, mask):
     raise ValueError(
       f"mask has {nq} query blocks of {mask.block_q} and {mask.kv_blocks} key "
       f"blocks of {mask.block_kv}; {s} queries and {k.shape[1]} keys make "
-      f"{wanted[0]} and {wanted[1]}."
+      f"{wanted[0]} and {wanted[1]}. (Arrays are [batch, sequence, heads, "
+      f"head_dim]; q is {list(q.shape)}.)"
     )
   if lead_b not in (1, b) or lead_h not in (1, h):
     raise ValueError(
@@ -156,13 +177,47 @@ def _arrays(q, k, v, mask):
     )
 
 
+def _near(x):
+  """Positions within what int32 holds the differences of.
+
+  NumPy's are clipped before JAX makes int32 of them, which would wrap.
+  """
+  if not isinstance(x, jax.Array | np.ndarray) or x.dtype.kind not in "iu":
+    return x
+  return x.clip(1 - lists_lib.FAR, lists_lib.FAR - 1)
+
+
+def _array(name, value, takes):
+  """A JAX array; ValueError for what makes none."""
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+      f"{name} is a {type(value).__name__}; it must hold {takes}."
+    ) from e
+
+
+def _number(name, value):
+  """A float; ValueError for a traced one and what is none."""
+  if isinstance(value, jax.core.Tracer):
+    raise ValueError(
+      f"{name} is traced; it is static, a number that is known when the call "
+      "is compiled."
+    )
+  try:
+    return float(value if not isinstance(value, str | bytes) else None)
+  except (TypeError, ValueError) as e:
+    got = f"of shape {value.shape}" if hasattr(value, "shape") else repr(value)
+    raise ValueError(f"{name} is {got}; it must be a number or None.") from e
+
+
 def _integers(name, value, batch, length, default=None):
   """int32 [B | 1, length]."""
-  value = default if value is None else jnp.asarray(value)
+  takes = f"integers, [{length}] or [{batch}, {length}]"
+  value = default if value is None else _array(name, value, takes)
   shapes = ((length,), (1, length), (batch, length))
   if value.shape not in shapes or not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(
-      f"{name} is {value.dtype}{list(value.shape)}; it must hold integers, "
-      f"[{length}] or [{batch}, {length}]."
+      f"{name} is {value.dtype}{list(value.shape)}; it must hold {takes}."
     )
   return jnp.atleast_2d(value.astype(jnp.int32))

@@ -92,7 +92,13 @@ def ring_attention(
     raise ValueError(
       "backend is 'reference'; a ring takes None, 'tpu' or 'xla'."
     )
-  shards = lax.axis_size(axis_name)
+  try:
+    shards = lax.axis_size(axis_name)
+  except NameError as e:
+    raise ValueError(
+      f"axis_name is {axis_name!r}, which is bound to no axis here; call "
+      "ring_attention inside a jax.shard_map over that axis."
+    ) from e
   s, t = q.shape[1], k.shape[1]
   if s % mask.block_q or t % mask.block_kv:
     raise ValueError(

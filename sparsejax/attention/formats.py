@@ -110,6 +110,10 @@ def _refuse(target, mask, *names, causal=None):
     causal: None takes any rule, "always" only the causal one, "maybe" the
       causal one or none.
   """
+  _require(
+    isinstance(mask, BlockMask),
+    f"mask is a {type(mask).__name__}; it must be a BlockMask.",
+  )
   for name in names:
     _require(
       getattr(mask, name) is None,

@@ -514,6 +514,12 @@ def test_dropped_blocks_are_in_no_export():
   assert formats.to_dense(mask, S, T).sum() == S * 64
 
 
+@pytest.mark.parametrize("convert", ["bsr", "minference", "cudnn"])
+def test_what_is_no_mask(convert):
+  with pytest.raises(ValueError, match="^mask is a NoneType"):
+    getattr(formats, f"to_{convert}")(None)
+
+
 @pytest.mark.parametrize(
   "convert,lacks",
   [

@@ -336,6 +336,12 @@ def test_a_ring_has_no_reference():
     pk.ring_attention(*arrays, mask, axis_name="x", backend="reference")
 
 
+def test_a_ring_of_no_devices():
+  arrays, mask = of_one_list()
+  with pytest.raises(ValueError, match=r"^axis_name is 'x', .* shard_map"):
+    pk.ring_attention(*arrays, mask, axis_name="x")
+
+
 def test_windows_as_wide_as_one_likes():
   rule = pk.Window(2**40)
   assert bool(rule(2**30 - 1, 1 - 2**30))

@@ -975,6 +975,15 @@ BAD = [
   ),
   (dict(sinks=zeros(2)), r"^sinks has shape \(2,\); it must be \(4,\)"),
   (dict(sinks=zeros(4, 1)), r"^sinks has shape \(4, 1\)"),
+  (dict(q=[1]), r"^q is a list; it must be a floating array"),
+  (dict(sinks="a"), "^sinks is a str"),
+  (dict(sinks=zeros(4, dtype=complex)), "^sinks has dtype complex64"),
+  (dict(scale="x"), "^scale is 'x'; it must be a number"),
+  (dict(scale=float("nan")), "^scale is nan; it must be finite"),
+  (dict(scale=zeros(4)), r"^scale is of shape \(4,\); it must be a number"),
+  (dict(softcap="x"), "^softcap is 'x'; it must be a number"),
+  (dict(softcap=float("inf")), "^softcap is inf; it must be positive and fin"),
+  (dict(skip_threshold="x"), "^skip_threshold is 'x'; it must be a number"),
   (dict(softcap=0.0), r"^softcap is 0\.0; it must be positive"),
   (dict(softcap=-2), "^softcap is -2"),
   (dict(softcap=float("nan")), "^softcap is nan"),
@@ -1007,3 +1016,28 @@ def test_what_is_refused(changed, message):
   message = message.replace("int64", r"int\d+")
   with pytest.raises(ValueError, match=message):
     pk.block_sparse_attention(**given)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "skip_threshold"])
+def test_numbers_are_static(name):
+  (q, k, v), _ = problem.qkv(2, 40, 40, 4, 2, 8)
+  attend = lambda x: pk.block_sparse_attention(q, k, v, a_mask(), **{name: x})
+  with pytest.raises(ValueError, match=f"^{name} is traced; it is static"):
+    jax.eval_shape(attend, 0.5)
+
+
+def test_heads_before_the_sequence():
+  (q, k, v), _ = problem.qkv(2, 40, 40, 4, 4, 8)
+  q, k, v = (np.swapaxes(x, 1, 2) for x in (q, k, v))
+  message = r"Arrays are \[batch, sequence, heads, head_dim\]; q is \[2, 4, 40"
+  with pytest.raises(ValueError, match=message):
+    pk.block_sparse_attention(q, k, v, a_mask())
+
+
+def test_positions_beyond_32_bits_do_not_wrap():
+  (q, k, v), _ = problem.qkv(2, 40, 40, 4, 2, 8)
+  attend = lambda x: XLA(q, k, v, full_mask(40, 40, rule=CAUSAL), **x)
+  far = np.full(40, 2**32, np.int64)
+  np.testing.assert_array_equal(
+    attend(dict(q_positions=far)), attend(dict(q_positions=np.full(40, 99)))
+  )

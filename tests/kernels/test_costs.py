@@ -174,6 +174,7 @@ def test_empty_arrays(queries, keys):
   "q_shape,kv_shape,match",
   [
     ((1, 32, 8), (1, 32, 1, 8), "q_shape is"),
+    (np.ones((1, 32, 1, 8)), (1, 32, 1, 8), "^q_shape is an array of shape"),
     ((1, 32, 3, 8), (1, 32, 2, 8), "divides 3"),
     ((1, 32, 2, 8), (1, 32, 2, 4), "head_dim 8"),
     ((2, 32, 2, 8), (1, 32, 2, 8), "have batch 2"),

@@ -138,10 +138,33 @@ class RulesTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(left=-1), "^left is -1; it must be an integer"),
     (dict(left=1, right=-2), "^right is -2; it must be an integer"),
+    (dict(left=True), "^left is True; it must be an integer"),
+    (dict(left=1.5), "^left is 1.5; it must be an integer"),
   )
   def test_bad_windows(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):
       pk.Window(**settings)
+
+  def test_a_window_of_numpys_integers(self):
+    self.assertEqual(pk.Window(np.int64(3)), pk.Window(3))
+    self.assertIs(type(pk.Window(np.int64(3)).left), int)
+
+  @parameterized.parameters(None, pk.Causal, 3)
+  def test_joins_with_what_is_no_rule(self, other):
+    for join in (operator.and_, operator.or_):
+      with self.assertRaisesRegex(ValueError, "of a rule and"):
+        join(CAUSAL, other)
+
+  @parameterized.parameters(
+    (pk.Causal, r"rule is .*callable.* Did you mean Causal\(\)\?"),
+    ([1], r"^rule is \[1\]; it must be callable"),
+    (lambda q: q > 0, "^rule is .* must give bools: .*positional"),
+    (lambda q, k: q - k, "^rule is .*, which gives int32; .* must give bools"),
+    (lambda q, k: q > k and k > 3, "^rule is .*takes the truth of an array"),
+  )
+  def test_what_is_no_rule(self, rule, message):
+    with self.assertRaisesRegex(ValueError, message):
+      rules.check(rule)
 
   @parameterized.parameters(operator.and_, operator.or_)
   def test_far_apart_positions(self, join):
