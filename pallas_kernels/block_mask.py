@@ -369,7 +369,8 @@ class BlockMask:
     """The mask of lists that every query has for itself: tiles and members.
 
     A tile lists the union of its queries' blocks, and `members` keeps who
-    chose what, so that nothing is pooled.
+    chose what, so that nothing is pooled. The memory it takes grows with S * K
+    and with tiles times kv_blocks.
 
     Args:
       indices: int32 [B | 1, H | 1, S, K]: key blocks of each query, in any

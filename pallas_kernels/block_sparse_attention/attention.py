@@ -37,8 +37,9 @@ def block_sparse_attention(
 
   Equal to `jax.nn.dot_product_attention` with the mask written out, except that
   a row which may read nothing gives zeros, with zero gradients. Work and
-  memory grow with the listed blocks. Differentiable in q, k, v and sinks;
-  the mask's arrays carry no gradient and may be arguments of a jitted function.
+  memory grow with the listed blocks. Differentiable in q, k, v and sinks, twice
+  and in reverse; the mask's arrays carry no gradient and may be arguments of a
+  jitted function.
 
   Args:
     q: [B, S, H, D], floating.
@@ -47,7 +48,8 @@ def block_sparse_attention(
     v: as k.
     mask: a BlockMask of ceil(S / block_q) query blocks and ceil(T / block_kv)
       key blocks.
-    scale: what q . k is multiplied by, default D ** -0.5.
+    scale: what q . k is multiplied by, default D ** -0.5. It is static, as are
+      `softcap` and `skip_threshold`.
     softcap: None, or logits become softcap * tanh(logits / softcap).
     sinks: None, or f32 [H]: a further logit a head, in the denominator of the
       softmax alone.
@@ -66,8 +68,10 @@ def block_sparse_attention(
       pass of its own in plain XLA, whatever the backend.
     backend: None chooses by platform: "tpu" (Pallas) on TPU, "xla" elsewhere.
       "reference" is the dense definition. A backend named here runs or raises.
-    interpret: run the Pallas kernel in the interpreter, on any platform: True,
-      or `jax.experimental.pallas.tpu.InterpretParams(...)`.
+      Second derivatives are plain XLA's; "tpu" refuses them.
+    interpret: run the Pallas kernel in the interpreter, on any platform (on
+      others than TPU the backend "tpu" needs it): True, or
+      `jax.experimental.pallas.tpu.InterpretParams(...)`.
 
   Returns:
     [B, S, H, D] in the dtype of q; where asked for, a tuple with f32

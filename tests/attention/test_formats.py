@@ -516,7 +516,7 @@ def test_dropped_blocks_are_in_no_export():
 
 @pytest.mark.parametrize("convert", ["bsr", "minference", "cudnn"])
 def test_what_is_no_mask(convert):
-  with pytest.raises(ValueError, match="^mask is a NoneType"):
+  with pytest.raises(ValueError, match=r"^mask is a NoneType"):
     getattr(formats, f"to_{convert}")(None)
 
 
