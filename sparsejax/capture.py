@@ -10,6 +10,7 @@ kernel's name, as in `masks`.
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -204,7 +205,8 @@ def moments(
   """The moments of each layer's inputs over batches, one batch at a time.
 
   One compiled step, which runs the model no further than the last layer that is
-  asked for, and keeps no inputs. Where batches are sharded, so is the work.
+  asked for, and keeps no inputs; calls with the same functions share it. Where
+  batches are sharded, so is the work.
 
   Args:
     call: function of the model and a batch; see `inputs`.
@@ -231,23 +233,30 @@ def moments(
   rebuild = None
   if isinstance(model, nnx.Module):
     rebuild, model = nnx.split(model)
-
-  def step(model, found, batch):
-    model = model if rebuild is None else nnx.merge(rebuild, model)
-    _, xs = inputs(call, model, batch, where=where)
-    rows = None if valid is None else valid(batch)
-    if found is None:
-      found = {
-        n: Moments.zeros(x.shape[-1], second=second) for n, x in xs.items()
-      }
-    return {name: found[name].add(x, rows) for name, x in xs.items()}
-
-  first, found, compiled = None, None, jax.jit(step)
+  static = (call, rebuild, where, valid, second)
+  found = None
   for batch in batches:
-    if first is None:
-      first = jax.eval_shape(lambda batch: step(model, None, batch), batch)
-      found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    found = compiled(model, found, batch)
+    if found is None:
+      shapes = jax.eval_shape(
+        lambda model, batch: _add(static, model, None, batch), model, batch
+      )
+      found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    found = _add(static, model, found, batch)
   if found is None:
     raise ValueError("batches must hold at least one batch, got none")
   return found
+
+
+# Calls with the same functions compile once.
+@functools.partial(jax.jit, static_argnums=0)
+def _add(static, model, found, batch):
+  """The moments with those of a batch."""
+  call, rebuild, where, valid, second = static
+  model = model if rebuild is None else nnx.merge(rebuild, model)
+  _, xs = inputs(call, model, batch, where=where)
+  rows = None if valid is None else valid(batch)
+  if found is None:
+    found = {
+      name: Moments.zeros(x.shape[-1], second=second) for name, x in xs.items()
+    }
+  return {name: found[name].add(x, rows) for name, x in xs.items()}

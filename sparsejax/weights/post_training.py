@@ -225,23 +225,33 @@ def _sparsegpt(kernel, second, density, structure, block, damping):
   upper = jnp.linalg.cholesky(inverse, symmetrize_input=True, upper=True)
   diagonal = jnp.diagonal(upper)[:, None]
 
-  found = []
-  for begin in range(0, inputs, block):
-    end = min(begin + block, inputs)
-    rows, mask, errors = _prune_block(
-      w[begin:end],
-      upper[begin:end, begin:end],
-      diagonal[begin:end],
+  def of_block(begin, size, carry):
+    w, mask = carry
+    across = lax.dynamic_slice_in_dim(upper, begin, size)
+    rows, chosen, errors = _prune_block(
+      lax.dynamic_slice_in_dim(w, begin, size),
+      lax.dynamic_slice_in_dim(across, begin, size, axis=1),
+      lax.dynamic_slice_in_dim(diagonal, begin, size),
       density,
       structure,
     )
-    found.append((rows, mask))
-    later = jnp.matmul(
-      upper[begin:end, end:].T, errors, precision="highest"
-    )  # fmt: skip
-    w = w.at[end:].add(-later)
-  rows, mask = (jnp.concatenate(x) for x in zip(*found, strict=True))
-  return Pruned(jnp.where(mask, rows, 0).astype(kernel.dtype), mask)
+    later = jnp.arange(inputs)[:, None] >= begin + size
+    moved = jnp.matmul(across.T, errors, precision="highest")
+    w = jnp.where(later, w - moved, w)
+    put = lambda x, rows: lax.dynamic_update_slice_in_dim(x, rows, begin, 0)
+    return put(w, rows), put(mask, chosen)
+
+  whole = inputs // block
+  carry = lax.fori_loop(
+    0,
+    whole,
+    lambda i, carry: of_block(i * block, block, carry),
+    (w, jnp.zeros(w.shape, bool)),
+  )
+  if inputs % block:
+    carry = of_block(whole * block, inputs % block, carry)
+  w, mask = carry
+  return Pruned(jnp.where(mask, w, 0).astype(kernel.dtype), mask)
 
 
 def _prune_block(w, upper, diagonal, density, structure):
