@@ -338,7 +338,7 @@ def test_a_ring_has_no_reference():
 
 def test_a_ring_of_no_devices():
   arrays, mask = of_one_list()
-  with pytest.raises(ValueError, match=r"^axis_name is 'x', .* shard_map"):
+  with pytest.raises(ValueError, match=r"^axis_name is 'x', .*shard_map"):
     pk.ring_attention(*arrays, mask, axis_name="x")
 
 
