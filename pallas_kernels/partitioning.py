@@ -61,6 +61,14 @@ def sum_like(x: jax.Array, like: jax.Array) -> jax.Array:
   return x
 
 
+def replicated(x: jax.Array) -> jax.Array:
+  """x whole on every device, where shardings are types."""
+  mesh = jax.typeof(x).sharding.mesh
+  if AxisType.Explicit not in mesh.axis_types:
+    return x
+  return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def per_shard(
   f: Callable,
   args: Sequence[jax.Array],

@@ -1,6 +1,8 @@
 """Whether the arguments of a call fit each other."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 BACKENDS = ("tpu", "xla", "reference")
 
@@ -44,11 +46,8 @@ def check(
       f"rhs_gate is {rhs_gate.dtype}{list(rhs_gate.shape)}; it must be as rhs, "
       f"{rhs.dtype}{list(rhs.shape)}."
     )
-  if activation is not None and not callable(activation):
-    raise ValueError(
-      f"activation is {activation!r}; it takes None or an elementwise function "
-      "such as jax.nn.silu."
-    )
+  if activation is not None:
+    _activation(activation)
   count = lhs.shape[0]
   if gather is not None:
     _integers("gather", gather, 1, "[edges]")
@@ -74,7 +73,7 @@ def check(
         f"scatter has shape {scatter.shape}; it must be ({count},), one an "
         "edge."
       )
-    if not isinstance(num_rows, int) or num_rows < 0:
+    if not isinstance(num_rows, int | np.integer) or num_rows < 0:
       raise ValueError(f"num_rows is {num_rows!r}; it must be an int, 0 or up.")
   if row_scale is not None and (
     row_scale.shape != (count,)
@@ -84,13 +83,16 @@ def check(
       f"row_scale is {row_scale.dtype}{list(row_scale.shape)}; it must be "
       f"floating, [{count}], one an edge."
     )
-  if preferred_element_type is not None and not jnp.issubdtype(
-    preferred_element_type, jnp.floating
-  ):
-    raise ValueError(
-      f"preferred_element_type is {preferred_element_type!r}; it must be a "
-      "floating dtype."
-    )
+  if preferred_element_type is not None:
+    try:
+      floating = jnp.issubdtype(jnp.dtype(preferred_element_type), jnp.floating)
+    except TypeError:
+      floating = False
+    if not floating:
+      raise ValueError(
+        f"preferred_element_type is {preferred_element_type!r}; it must be a "
+        "floating dtype."
+      )
   if backend is not None and backend not in BACKENDS:
     raise ValueError(
       f"backend is {backend!r}; it takes None or one of {BACKENDS}."
@@ -99,6 +101,25 @@ def check(
     raise ValueError(
       f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
       "kernel, so name one: backend='tpu'."
+    )
+
+
+def _activation(activation):
+  takes = "it takes None or an elementwise function such as jax.nn.silu"
+  try:
+    hash(activation)
+    x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    traced, out = jax.make_jaxpr(activation, return_shape=True)(x)
+  except TypeError as error:
+    raise ValueError(
+      f"activation is {activation!r}; {takes}, hashable and of one array."
+    ) from error
+  if not hasattr(out, "shape") or out.shape != x.shape:
+    raise ValueError(f"activation is {activation!r}; {takes}; it makes {out}.")
+  if traced.consts:
+    raise ValueError(
+      f"activation is {activation!r} and holds arrays, "
+      f"{[jnp.shape(x) for x in traced.consts]}; {takes} that holds none."
     )
 
 

@@ -55,9 +55,10 @@ def grouped_matmul(
   at once (on TPU they are, for now).
 
   Edges behind the last group give zeros, in the result and in all gradients,
-  whatever their rows hold. Differentiable in lhs, rhs, rhs_gate and row_scale,
-  to any order. Under differentiation a call with an activation or rhs_gate
-  keeps its products, [m, n] in the dtype of lhs.
+  whatever their rows, scales and cotangents hold. Differentiable in lhs, rhs,
+  rhs_gate and row_scale, in reverse mode, to any order. Under differentiation a
+  call with an activation or rhs_gate keeps its products, [m, n] in the dtype of
+  lhs. Under `vmap` calls run one after the other.
 
   Args:
     lhs: [rows, k], floating.
@@ -65,8 +66,9 @@ def grouped_matmul(
       `transpose_rhs`.
     group_sizes: int32 [groups]. Below 0 counts as 0; beyond m is cut.
     rhs_gate: None, or as rhs.
-    activation: None, or an elementwise function such as jax.nn.silu; one object
-      for all calls, since each new one is compiled anew.
+    activation: None, or an elementwise function such as jax.nn.silu, which may
+      hold no arrays; one object for all calls, since each new one is compiled
+      anew.
     gather: None, where edge i reads row i and m is the number of rows; or int32
       [m]. Rows that do not exist read as zeros.
     scatter: None, where edge i is row i of the result; or int32 [m]. Rows that
@@ -159,17 +161,17 @@ def grouped_matmul(
 def _apply(
   lhs, weights, sizes, offset, gather, scatter, scale, *, num_rows, settings
 ):
-  integers = (sizes, offset, gather, scatter)
   sizes, offset, gather, scatter = jax.tree.map(
-    lambda x: x.astype(jnp.int32), integers
+    _int32, (sizes, offset, gather, scatter)
   )
+  sizes = partitioning.replicated(sizes)
   groups, n = (
     weights[0].shape[0],
     weights[0].shape[1 + (not settings.transpose_rhs)],
   )
   count = lhs.shape[0] if gather is None else gather.shape[0]
-  if 0 in (*lhs.shape, groups, n, count, sizes.shape[0]):
-    rows = count if scatter is None else num_rows
+  rows = count if scatter is None else num_rows
+  if 0 in (*lhs.shape, groups, n, count, rows, sizes.shape[0]):
     return jnp.zeros((rows, n), settings.dtype)
   edges = edges_lib.make(
     sizes, groups, offset, gather, lhs.shape[0], scatter, num_rows
@@ -189,6 +191,12 @@ def _apply(
   if len(weights) == 1 and settings.combine == dispatch.Combine():
     return _forward(lhs, weights[0], scale, edges, settings)
   return _combined(lhs, weights, scale, edges, settings)
+
+
+def _int32(x):
+  """x in 32 bits; clipped before the cast, or larger numbers would wrap."""
+  far, info = 2**30, jnp.iinfo(x.dtype)
+  return jnp.clip(x, max(info.min, -far), min(info.max, far)).astype(jnp.int32)
 
 
 def _back(settings, dtype):
@@ -309,9 +317,12 @@ def _in_steps(lhs, weights, scale, edges, settings):
 
   def finish(products, scale, edges):
     y = settings.combine(*(x.astype(jnp.float32) for x in products))
-    y = jnp.where(edges.in_a_group()[:, None], y, 0)
+    # All is masked before and after, or a NaN behind the groups would reach
+    # what is multiplied by it, here or in the gradient.
+    inside = edges.in_a_group()
     if scale is not None:
-      y *= scale[:, None]
+      y *= jnp.where(inside, scale, 0)[:, None]
+    y = jnp.where(inside[:, None], y, 0)
     if edges.target is not None:
       sums = jnp.zeros((edges.targets, y.shape[1]), y.dtype)
       y = sums.at[edges.target].add(y, mode="drop")

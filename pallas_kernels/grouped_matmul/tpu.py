@@ -7,9 +7,9 @@ only when it runs, and the grid is as long as that. Every kernel has two bodies:
 for tiles that are of one group as a whole, and for the others, which are
 masked.
 
-Rows are gathered and scattered by XLA, before and after the kernel. A kernel can
-copy row by row, but takes 20 bundles to issue each copy: for a tile of 512 rows
-nine times what its products with 1024 x 512 weights take.
+Rows are gathered and scattered by XLA, before and after the kernel. A kernel
+can copy row by row, but takes 20 bundles to issue each copy: for a tile of 512
+rows nine times what its products with 1024 x 512 weights take.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ ROWS = 16  # the least rows of a tile, two sublanes of bf16
 # of no group.
 WHOLE, FIRST, LAST, EMPTY = 1, 2, 4, 8
 FLAGS, BITS = 4, 14  # bits of the flags, and of a row within a tile
+VMEM = 12 * 2**20  # bytes of a step; XLA allows a kernel 16 MiB on every TPU
 f32 = jnp.float32
 
 
@@ -107,8 +108,7 @@ def visits_by_tile(edges, size):
   at = jnp.sort(jnp.where(again, far, at))
   number = jnp.sum(at < far)
   tile = jnp.minimum(at // size, tiles - 1)
-  group = jnp.searchsorted(edges.ends, at, side="right")
-  group = jnp.minimum(group, groups - 1)
+  group = jnp.minimum(_passed(edges.ends, at), groups - 1)
   ours = (at >= edges.starts[group]) & (at < edges.ends[group])
   begin = at - tile * size
   end = jnp.where(
@@ -128,8 +128,7 @@ def visits_by_group(edges, size):
   many = jnp.where(filled, (edges.ends - 1) // size - first + 1, 1)
   stop = jnp.cumsum(many)
   visit = jnp.arange(tiles + groups)
-  group = jnp.searchsorted(stop, visit, side="right")
-  group = jnp.minimum(group, groups - 1)
+  group = jnp.minimum(_passed(stop, visit), groups - 1)
   within = visit - (stop - many)[group]
   tile = jnp.minimum(first[group] + within, tiles - 1)
   begin = jnp.clip(edges.starts[group] - tile * size, 0, size)
@@ -138,6 +137,12 @@ def visits_by_group(edges, size):
   flags += FIRST * (within == 0) + LAST * (within == many[group] - 1)
   code = _code(begin, end, flags)
   return tuple(x.astype(jnp.int32) for x in (tile, group, code)), stop[-1]
+
+
+def _passed(ends, at):
+  """How many of the ends are at or before each number."""
+  # jnp.searchsorted fails where only some axes of a mesh are manual.
+  return (ends[None] <= at[:, None]).sum(1)
 
 
 def _code(begin, end, flags):
@@ -161,13 +166,22 @@ def _divisor(size, most):
   return max(x for x in range(LANES, most + 1, LANES) if size % x == 0)
 
 
-def _tiling(count, groups, k, n):
-  """Tiles that keep the MXU busy: about as many rows as a group has."""
+def _tiling(count, groups, k, n, vmem):
+  """Tiles that keep the MXU busy: about as many rows as a group has.
+
+  `vmem` says how many bytes a step takes; columns are halved until it fits.
+  """
   rows = 128
   while rows < 512 and 2 * rows <= count // groups:
     rows *= 2
   rows = min(rows, -(-count // ROWS) * ROWS)
-  return Tiling(rows, _divisor(k, 1024), _divisor(n, 1024))
+  most = {"k": 1024, "n": 1024}
+  while True:
+    tile = Tiling(rows, _divisor(k, most["k"]), _divisor(n, most["n"]))
+    wider = max(("n", tile.n), ("k", tile.k), key=lambda x: x[1])
+    if vmem(tile) <= VMEM or wider[1] == LANES:
+      return tile
+    most[wider[0]] = wider[1] // 2 // LANES * LANES or LANES
 
 
 def _pad(x, axes):
@@ -218,7 +232,15 @@ def _rows_by_weights(lhs, weights, edges, transpose_rhs, combine, dtype,
   weights = [_pad(w, (1, 2)) for w in weights]
   (count, k), groups = lhs.shape, weights[0].shape[0]
   wide = weights[0].shape[1 if transpose_rhs else 2]
-  tile = tiling or _tiling(count, groups, k, wide)
+
+  def vmem(tile):
+    """Blocks that come and go, sums, and products before they are stored."""
+    wide, tall = tile.m * tile.n, tile.k * (tile.m + len(weights) * tile.n)
+    item, out = lhs.dtype.itemsize, jnp.dtype(dtype).itemsize
+    sums = len(weights) * (2 if k > tile.k else 1)
+    return 2 * tall * item + wide * (2 * out + 4 * sums)
+
+  tile = tiling or _tiling(count, groups, k, wide, vmem)
   lists, number = visits_by_tile(edges, tile.m)
   turns = k // tile.k
   contract = ((1,), (1,) if transpose_rhs else (0,))
@@ -296,7 +318,14 @@ def _rows_by_rows(lhs, rhs, edges, dtype, interpret, tiling):
   (count, k), n, groups = lhs.shape, rhs.shape[1], edges.starts.shape[0]
   lhs, rhs = _pad(lhs, (1,)), _pad(rhs, (1,))
   tall, wide = lhs.shape[1], rhs.shape[1]
-  tile = tiling or _tiling(count, groups, tall, wide)
+
+  def vmem(tile):
+    """Blocks that come and go, the sum, a product, and lhs transposed."""
+    item, out = lhs.dtype.itemsize, jnp.dtype(dtype).itemsize
+    rows = tile.m * (3 * tile.k + 2 * tile.n)
+    return rows * item + tile.k * tile.n * (2 * out + 8)
+
+  tile = tiling or _tiling(count, groups, tall, wide, vmem)
   lists, number = visits_by_group(edges, tile.m)
 
   def body(tiles_ref, groups_ref, codes_ref, lhs_ref, rhs_ref, out_ref, total):

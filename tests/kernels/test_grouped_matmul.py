@@ -298,6 +298,49 @@ class LimitsTest(parameterized.TestCase):
     self.assertFalse(out.any())
     self.assertEqual([x.shape for x in pull(out)], [of_lhs, of_rhs])
 
+  def test_no_rows_to_scatter_to(self):
+    there = jnp.zeros(4, jnp.int32)
+    call = lambda x: grouped_matmul(X, x, S, scatter=there, num_rows=0).sum()
+    self.assertFalse(jax.grad(call)(W).any())
+
+  @parameterized.product(
+    backend=("xla", "tpu"), scatter=(False, True), silu=(False, True)
+  )
+  def test_scales_and_cotangents_of_no_group_may_be_anything(
+    self, backend, scatter, silu
+  ):
+    x, w, sizes = jnp.ones((4, 3)), jnp.ones((1, 3, 2)), jnp.array([2])
+    nan = jnp.array([1.0, 1.0, jnp.nan, jnp.inf])
+    more = dict(scatter=jnp.arange(4) % 2, num_rows=2) if scatter else {}
+    if silu:
+      more |= dict(rhs_gate=w, activation=jax.nn.silu)
+    call = problem.jit(
+      lambda x, w, scale: grouped_matmul(
+        x,
+        w,
+        sizes,
+        row_scale=scale,
+        backend=backend,
+        interpret=backend == "tpu",
+        **more,
+      )
+    )
+    dout = jnp.ones((2, 2)) if scatter else jnp.ones((4, 2)) * nan[:, None]
+    out, pull = jax.vjp(call, x, w, nan)
+    self.assertTrue(jnp.isfinite(out).all())
+    dx, dw, dscale = pull(dout)
+    self.assertTrue(jnp.isfinite(dx).all() and jnp.isfinite(dw).all())
+    self.assertFalse(dscale[2:].any() or dx[2:].any())
+
+  def test_integers_of_any_width(self):
+    x, far = jnp.ones((3, 1)), np.array([2**32 - 1, 0, 1], np.uint32)
+    w = jnp.ones((1, 1, 1))
+    np.testing.assert_array_equal(
+      grouped_matmul(x, w, np.array([3], np.int8), gather=far).ravel(),
+      [0, 1, 1],
+    )
+    np.testing.assert_array_equal(grouped_matmul(x, w, far[:1]).ravel(), 1)
+
   def test_one_group_is_a_dense_product(self):
     x, w = jnp.ones((9, 4)) * jnp.arange(9.0)[:, None], jnp.ones((1, 4, 3))
     np.testing.assert_array_equal(
@@ -586,6 +629,38 @@ class ShardedTest(parameterized.TestCase):
     # But for a bound of the groups, that all devices want.
     self.assertLessEqual(test_sharded_attention.moved(text), 4)
 
+  def test_sizes_that_are_sharded(self):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    sizes = np.arange(8, dtype=np.int32)
+    w = np.ones((8, 8, 4), np.float32)
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, P("x")))
+    with jax.set_mesh(mesh):
+      got = jax.jit(grouped_matmul)(self.args[0], place(w), place(sizes))
+    want = grouped_matmul(self.args[0], w, sizes)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+  def test_some_axes_are_manual(self):
+    mesh = jax.make_mesh(
+      (2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2
+    )
+
+    def local(lhs, rhs):
+      offset = lax.axis_index("expert") * rhs.shape[0]
+      out = grouped_matmul(lhs, rhs, self.sizes, group_offset=offset)
+      return lax.psum(out, "expert")
+
+    got = jax.jit(
+      jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P("expert")),
+        out_specs=P(),
+        axis_names={"expert"},
+      )
+    )(*self.args[:2])
+    want = grouped_matmul(*self.args[:2], self.sizes)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
   @parameterized.parameters("plain", "gated")
   def test_experts_over_a_mesh_axis(self, call):
     mesh = jax.make_mesh(
@@ -629,6 +704,10 @@ X, W, S = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2])
     ("rhs", dict(transpose_rhs=True)),
     ("rhs_gate", dict(rhs_gate=W[:1])),
     ("activation", dict(activation="silu")),
+    ("activation", dict(activation=lambda x: x * X)),
+    ("activation", dict(activation=lambda x: x * X[:2])),
+    ("activation", dict(activation=lambda x: x.sum())),
+    ("preferred_element_type", dict(preferred_element_type="foo")),
     ("group_sizes", dict(group_sizes=jnp.ones(2))),
     ("group_sizes", dict(group_sizes=jnp.array([4]))),
     ("group_offset", dict(group_offset=jnp.array([1]))),
@@ -664,7 +743,9 @@ def test_a_backend_named_runs_or_raises():
 @test_aot.needs_tpu
 @pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("m, k, n", [(1000, 512, 384), (72, 100, 200)])
+@pytest.mark.parametrize(
+  "m, k, n", [(1000, 512, 384), (72, 100, 200), (8192, 2048, 2048)]
+)
 def test_compiles_for_tpu(target, dtype, m, k, n):
   spec = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
