@@ -66,8 +66,10 @@ def product(x, values, ints, settings, transpose):
       tpu.product, edges=edges, interpret=settings.interpret, **static
     )
     fallback = functools.partial(xla.product, share=share, **static)
-    lacks = tpu.lacks(values.shape, sides[3])
     arrays = (x.reshape(-1, x.shape[-1]), values, *sides[:2])
+    bytes_of = x.dtype.itemsize, settings.dtype.itemsize
+    room = tpu.product_room(values.shape, *bytes_of, transpose)
+    lacks = tpu.lacks(len(arrays[0]), values.shape, sides[3], room)
     out = _choose(kernel, fallback, lacks, settings, arrays)
     return out.reshape(*x.shape[:-1], -1)
 
@@ -86,7 +88,9 @@ def sampled(x, y, like, ints, settings):
     )
     fallback = functools.partial(xla.sampled, share=share, **static)
     x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
-    lacks = tpu.lacks(like.shape, 0)
+    bytes_of = x.dtype.itemsize, settings.dtype.itemsize
+    room = tpu.sampled_room(like.shape, *bytes_of)
+    lacks = tpu.lacks(len(x), like.shape, 0, room)
     out = _choose(kernel, fallback, lacks, settings, (x, y, row, column))
     return lists.inside(out, row, column + first, settings.shape)
 

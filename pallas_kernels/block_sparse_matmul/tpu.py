@@ -18,19 +18,79 @@ LANES = 128
 ROWS = 16  # the least rows of a tile, two sublanes of bf16
 TILE = 512  # rows of a tile at most
 SMEM = 2**20 - 2**16  # bytes that prefetched lists may take
+VMEM = 44 * 2**20  # bytes that a step's blocks may take; v5p has 64 MiB
+UNASKED = 16 * 2**20  # bytes of VMEM that every TPU gives unasked
+SLACK = 8 * 2**20  # bytes of VMEM for what the compiler adds
 FIRST, LAST, RUN = 1, 2, 4  # flags of a step
 f32 = jnp.float32
 
 
-def lacks(values, targets):
-  """What the kernels cannot do for values of this shape, or None."""
+def product_room(values, size, out, transpose):
+  """Bytes of VMEM for each row of a product's tile, and besides.
+
+  Blocks that are read or written lie there twice, what accumulates once.
+
+  Args:
+    values: (nnz, bk, bn).
+    size: bytes of a number of x and of the values.
+    out: bytes of a number of the result.
+    transpose: as in `product`.
+  """
+  _, bk, bn = values
+  wide, out_wide = (bn, bk) if transpose else (bk, bn)
+  return 2 * wide * size + out_wide * (2 * out + 4), 2 * bk * bn * size
+
+
+def sampled_room(values, size, out):
+  """The same for the sampled product."""
+  _, bk, bn = values
+  return 2 * (bk + bn) * size, bk * bn * (2 * out + 4)
+
+
+def tile_of(rows, room):
+  """Rows of a tile and its bytes of VMEM, those of the least where none fit."""
+  of_row, besides = room
+  tile = min(TILE, -(-rows // ROWS) * ROWS)
+  while tile > LANES and tile * of_row + besides > VMEM:
+    tile = max(LANES, tile // 2 // ROWS * ROWS)
+  return tile, tile * of_row + besides
+
+
+def lacks(rows, values, targets, room):
+  """What the kernels cannot do for so many rows and these values, or None.
+
+  Args:
+    rows: of x.
+    values: (nnz, bk, bn).
+    targets: blocks of the result, 0 for the sampled product.
+    room: `product_room` or `sampled_room`.
+  """
   nnz, bk, bn = values
   if bk % LANES or bn % LANES:
     return f"blocks of {bk} x {bn} (both must be multiples of {LANES})"
   taken = 4 * 4 * (nnz + targets)
   if taken > SMEM:
     return f"room for lists of {taken} bytes (SMEM holds {SMEM})"
+  _, taken = tile_of(rows, room)
+  if taken > VMEM:
+    return f"room for blocks of {bk} x {bn}: {taken} bytes of VMEM (of {VMEM})"
   return None
+
+
+def checked_edges(edges, target):
+  """The values by target: `edges` where they are that, or else sorted anew.
+
+  Sorted values grow in their target, and in their number where it is the same;
+  nothing but each of them once can grow so.
+  """
+  nnz = target.size
+  key = jnp.take(target, edges, mode="clip")
+  grows = (key[1:] > key[:-1]) | (
+    (key[1:] == key[:-1]) & (edges[1:] > edges[:-1])
+  )
+  good = grows.all() & ((edges >= 0) & (edges < nnz)).all()
+  again = lambda: jnp.argsort(target, stable=True).astype(jnp.int32)
+  return lax.cond(good, lambda: edges, again)
 
 
 def steps_of(source, target, order, sources, targets):
@@ -70,12 +130,16 @@ def product(x, values, source, target, *, sources, targets, transpose, edges,
   """See `xla.product`; `edges` is None or, transposed, those of the weight."""
   rows, (_, bk, bn) = x.shape[0], values.shape
   wide, out_wide = (bn, bk) if transpose else (bk, bn)
-  x, tile = _tiled(x)
-  order = edges
+  sizes = x.dtype.itemsize, jnp.dtype(dtype).itemsize
+  room = product_room(values.shape, *sizes, transpose)
+  tile, taken = tile_of(rows, room)
+  x = _tiled(x, tile)
   if not transpose:
     order = jnp.arange(len(target), dtype=jnp.int32)  # column after column
   elif edges is None:
     order = jnp.argsort(target, stable=True).astype(jnp.int32)
+  else:
+    order = checked_edges(edges, target)
   prefetch = steps_of(source, target, order, sources, targets)
   contract = (((1,), (1 if transpose else 0,)), ((), ()))
 
@@ -110,6 +174,7 @@ def product(x, values, source, target, *, sources, targets, transpose, edges,
     jax.ShapeDtypeStruct((len(x), targets * out_wide), dtype),
     pl.BlockSpec((tile, out_wide), lambda i, j, s, t, v, c: (i, t[j])),
     pltpu.VMEM((tile, out_wide), f32),
+    taken,
     interpret,
   )
   return out[:rows]
@@ -118,7 +183,9 @@ def product(x, values, source, target, *, sources, targets, transpose, edges,
 def sampled(x, y, row, column, *, rows, columns, dtype, interpret):
   """See `xla.sampled`."""
   bk, bn = x.shape[1] // rows, y.shape[1] // columns
-  (x, tile), (y, _) = _tiled(x), _tiled(y)
+  sizes = x.dtype.itemsize, jnp.dtype(dtype).itemsize
+  tile, taken = tile_of(len(x), sampled_room((row.size, bk, bn), *sizes))
+  x, y = _tiled(x, tile), _tiled(y, tile)
   used = (row < rows) & (column < columns)
   prefetch = (
     jnp.minimum(row, rows - 1),
@@ -160,19 +227,24 @@ def sampled(x, y, row, column, *, rows, columns, dtype, interpret):
     jax.ShapeDtypeStruct((row.size, bk, bn), dtype),
     pl.BlockSpec((None, bk, bn), lambda p, i, r, c, u: (p, 0, 0)),
     pltpu.VMEM((bk, bn), f32),
+    taken,
     interpret,
   )
 
 
-def _tiled(x):
-  """x with zeros behind its rows, so that tiles fill it, and their rows."""
-  tile = min(TILE, -(-len(x) // ROWS) * ROWS)
-  return jnp.pad(x, [(0, -len(x) % tile), (0, 0)]), tile
+def _tiled(x, tile):
+  """x with zeros behind its rows, so that tiles fill it."""
+  return jnp.pad(x, [(0, -len(x) % tile), (0, 0)])
 
 
 def _call(body, name, grid, prefetch, inputs, in_specs, output, out_spec,
-          scratch, interpret):  # fmt: skip
-  """A pallas_call with prefetched lists; the output varies as the inputs do."""
+          scratch, taken, interpret):  # fmt: skip
+  """A pallas_call with prefetched lists; the output varies as the inputs do.
+
+  `taken` is what its blocks take of VMEM. More than is given unasked has to be
+  asked for.
+  """
+  limit = taken + SLACK if taken + SLACK > UNASKED else None
   arrays = partitioning.vary_alike(*prefetch, *inputs)
   axes = partitioning.varying(arrays[0])
   return pl.pallas_call(
@@ -192,6 +264,6 @@ def _call(body, name, grid, prefetch, inputs, in_specs, output, out_spec,
       scratch_shapes=[scratch],
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary")
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
     ),
   )(*arrays)

@@ -30,7 +30,8 @@ class BlockSparseWeight:
     counts: int32 [n_n], how many of them are listed.
     shape: (K, N), static.
     edges: None, or int32 [nnz]: the numbers of the values by block row, which
-      `with_transpose` makes and the gradient by x on TPU reads.
+      `with_transpose` makes and the gradient by x on TPU reads. Where they are
+      not those of the lists, this is found and the values are sorted again.
 
   Raises:
     ValueError: for arrays whose shapes or dtypes do not fit each other.
@@ -226,7 +227,8 @@ class BlockSparseWeight:
   def with_transpose(self) -> "BlockSparseWeight":
     """The same weight with `edges`, which are then not sorted at each step.
 
-    Worth it where lists stay for many steps; where they change call it again.
+    Worth it where lists stay for many steps. Where they change call it again:
+    old edges change no result, but cost more than none.
     """
     edges = jnp.argsort(self.places()[0], stable=True)
     return dataclasses.replace(self, edges=edges)

@@ -13,6 +13,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import aot
+from pallas_kernels.block_sparse_matmul import tpu
 from pallas_kernels.block_sparse_matmul import xla
 from tests import common
 from tests.kernels.problem import jit
@@ -250,14 +251,51 @@ def test_fuzzed_lists_of_other_backends(backend):
     check_fuzzed(backend, seed)
 
 
-def test_stale_edges_stay_in_bounds():
+@pytest.mark.parametrize("kind", ["wild", "reversed", "twice", "of others"])
+def test_stale_edges_are_not_used(kind):
   x, weight, dy = make(**LARGE)
-  wild = np.resize([-(2**31), 2**31 - 1, 3, 3, -1, 7], len(weight.values))
-  with_edges = dataclasses.replace(weight, edges=wild)
-  got = compiled("tpu")(x, with_edges, dy)
-  out, _, dvalues, _ = expected(x, weight, dy)
-  np.testing.assert_allclose(got[0], out, 1e-4, 1e-4)
-  np.testing.assert_allclose(got[2], dvalues, 1e-4, 1e-4)
+  nnz, edges = len(weight.values), weight.with_transpose().edges
+  wild = np.resize([-(2**31), 2**31 - 1, 3, 3, -1, 7], nnz)
+  if kind == "of others":
+    flipped = weight.blocks[0] - 1 - weight.indices
+    weight = dataclasses.replace(weight.with_transpose(), indices=flipped)
+  else:
+    made = {"wild": wild, "reversed": edges[::-1], "twice": edges.at[1].set(0)}
+    weight = dataclasses.replace(weight, edges=made[kind])
+  compare("tpu", x, weight, dy)
+
+
+def test_edges_are_checked():
+  target = jnp.array([2, 0, 3, 0, 1])
+  sorted_, f = np.argsort(target, stable=True), jit(tpu.checked_edges)
+  for edges in (sorted_, np.zeros(5), sorted_[::-1], np.arange(5) - 1):
+    edges = jnp.asarray(edges, jnp.int32)
+    np.testing.assert_array_equal(f(edges, target), sorted_)
+
+
+def test_a_step_fits_vmem():
+  MiB = 2**20
+  product = functools.partial(tpu.product_room, size=4, out=4, transpose=False)
+  assert tpu.tile_of(1000, product((9, 1024, 1024))) == (512, 18 * MiB)
+  assert tpu.tile_of(1000, product((9, 2048, 2048))) == (256, 42 * MiB)
+  assert tpu.tile_of(3, product((9, 128, 256)))[0] == 16
+  assert tpu.sampled_room((9, 2048, 2048), 2, 2) == (2**14, 32 * MiB)
+  for size, name in ((4096, "4096 x 4096"), (2**14, "16384 x 16384")):
+    shape = (9, size, size)
+    assert name in tpu.lacks(5, shape, 9, product(shape))
+
+
+def test_blocks_too_large_for_vmem():
+  shape = (4096, 4096)
+  blank = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+  def f(values, **options):
+    weight = pk.BlockSparseWeight(values, [[0]], [1], shape)
+    return pk.block_sparse_matmul(jnp.ones(4096), weight, **options)
+
+  assert jax.eval_shape(f, blank).shape == (4096,)
+  with pytest.raises(ValueError, match="'tpu' has no room for blocks of 4096"):
+    jax.eval_shape(functools.partial(f, backend="tpu"), blank)
 
 
 def test_cached_transpose():
@@ -453,9 +491,17 @@ def test_errors(call, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiles_ahead_of_time(dtype):
-  x, weight, dy = make(**LARGE, lead=(1000,), dtype=jnp.dtype(dtype))
+@pytest.mark.parametrize(
+  "dtype, shape, block",
+  [
+    ("bfloat16", *LARGE.values()),
+    ("float32", *LARGE.values()),
+    ("float32", (2048, 2048), (1024, 1024)),
+    ("bfloat16", (4096, 4096), (2048, 2048)),
+  ],
+)
+def test_compiles_ahead_of_time(dtype, shape, block):
+  x, weight, dy = make(shape, block, lead=(1000,), dtype=jnp.dtype(dtype))
   f = lambda *args: everything("default")(*args)[:3]
   for target in ("v6e:2x2", "v5e:2x2", "v5p:2x2x1"):
     kernels = aot.compile_for(f, x, weight, dy, target=target).kernels
