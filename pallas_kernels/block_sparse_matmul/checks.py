@@ -33,12 +33,10 @@ def check(weight, arrays, preferred_element_type, backend, interpret):
     raise ValueError(
       f"x has leading dimensions {leads[0]}, y {leads[-1]}; they must agree."
     )
-  if preferred_element_type is not None and not jnp.issubdtype(
-    preferred_element_type, jnp.floating
-  ):
+  if not _floating_or_none(preferred_element_type):
     raise ValueError(
       f"preferred_element_type is {preferred_element_type!r}; it must be a "
-      "floating dtype."
+      "floating dtype, or None for that of x."
     )
   if backend is not None and backend not in BACKENDS:
     raise ValueError(
@@ -49,3 +47,10 @@ def check(weight, arrays, preferred_element_type, backend, interpret):
       f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
       "kernel, so name one: backend='tpu'."
     )
+
+
+def _floating_or_none(dtype):
+  try:
+    return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    return False

@@ -1,4 +1,4 @@
-"""The public functions, and their derivatives to any order.
+"""The public functions, and their derivatives to any order in reverse mode.
 
 With values v of block row r and column c let
 
@@ -35,13 +35,16 @@ def block_sparse_matmul(
 
   Products accumulate in f32. A NaN in x reaches the columns that list its
   block row, and no others; columns without blocks are zero. Differentiable in
-  x and weight.values, to any order, at the cost of what is listed: the lists
-  have no gradient (see BlockSparseWeight for how to differentiate by it).
+  x and weight.values at the cost of what is listed, in reverse mode to any
+  order: `jax.grad` of `jax.grad` works, `jax.jvp` and so `jax.hessian` do not.
+  The lists have no gradient (see BlockSparseWeight for how to differentiate by
+  it).
 
   Under `jit` on a mesh the leading dimension of x may be sharded, block columns
   (the lists of the weight) where they divide, and values along their first
-  dimension, whose partial results are then summed; nothing is gathered but the
-  last dimension of x. Under `vmap` the rows of all calls with one weight run
+  dimension, whose partial results are then summed; what is gathered is x along
+  its other dimensions, so bring a sharded sequence to the front or use
+  `jax.shard_map`. Under `vmap` the rows of all calls with one weight run
   together.
 
   Args:
@@ -89,7 +92,8 @@ def sampled_matmul(
 
   The gradient of `block_sparse_matmul` by the values, with y that of its
   result; with a list of candidates, the scores of blocks that might grow.
-  Differentiable in x and y; sharding and backends as `block_sparse_matmul`.
+  Differentiable in x and y, in reverse mode; sharding and backends as
+  `block_sparse_matmul`.
 
   Args:
     x: floating [..., K].

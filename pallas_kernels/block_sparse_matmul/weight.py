@@ -1,6 +1,7 @@
 """BlockSparseWeight: the blocks of a matrix that exist, and where they lie."""
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ class BlockSparseWeight:
   column, so that blocks may be distributed in any way.
 
   Lists are data, so they may change while a program runs. What they hold can
-  hurt nobody: counts are clipped to [0, C]; a value whose block row is outside
-  [0, n_k), or that no count reaches, is not used, and has no gradient; blocks
-  listed twice add up; counts that ask for more than nnz values get what there
-  is. Values that are not used may be anything, NaN too.
+  hurt nobody: what int32 cannot hold is clipped to it, and counts to [0, C]; a
+  value whose block row is outside [0, n_k), or that no count reaches, is not
+  used, and has no gradient; blocks listed twice add up; counts that ask for
+  more than nnz values get what there is. Values that are not used may be
+  anything, NaN too.
 
   Attributes:
     values: floating [nnz, bk, bn].
@@ -65,9 +67,9 @@ class BlockSparseWeight:
   edges: jax.Array | None = None
 
   def __post_init__(self):
-    shape = tuple(self.shape)
+    shape = _integers(self.shape)
     _require(
-      len(shape) == 2 and all(isinstance(d, int) and d >= 0 for d in shape),
+      shape is not None and len(shape) == 2 and min(shape) >= 0,
       f"shape is {self.shape!r}; it must be (K, N).",
     )
     values = jnp.asarray(self.values)
@@ -85,7 +87,7 @@ class BlockSparseWeight:
       x = getattr(self, name)
       if name == "edges" and x is None:
         continue
-      x = jnp.asarray(x)
+      x = _narrow(x)
       _require(
         jnp.issubdtype(x.dtype, jnp.integer)
         and x.ndim == rank
@@ -146,15 +148,24 @@ class BlockSparseWeight:
       >>> weight.values.shape, weight.indices.tolist(), float(weight.density)
       ((2, 2, 3), [[0], [1]], 0.5)
     """
-    w, mask, (bk, bn) = jnp.asarray(w), jnp.asarray(mask), block
+    w, mask = jnp.asarray(w), jnp.asarray(mask)
     _require(
       w.ndim == 2 and jnp.issubdtype(w.dtype, jnp.floating),
       f"w is {w.dtype}{list(w.shape)}; it must be floating [K, N].",
     )
+    sizes = _integers(block)
     _require(
-      all(isinstance(d, int) and d > 0 for d in (bk, bn)),
+      sizes is not None and len(sizes) == 2 and min(sizes) > 0,
       f"block is {block!r}; it must be two positive integers.",
     )
+    bk, bn = sizes
+    if capacity is not None:
+      room = _integers((capacity,))
+      _require(
+        room is not None and room[0] >= 0,
+        f"capacity is {capacity!r}; it must be None or a number of blocks.",
+      )
+      (capacity,) = room
     n_k, n_n = -(-w.shape[0] // bk), -(-w.shape[1] // bn)
     _require(
       mask.dtype == bool and mask.shape in ((n_k, n_n), w.shape),
@@ -237,6 +248,29 @@ class BlockSparseWeight:
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ValueError(message)
+
+
+def _integers(x) -> tuple[int, ...] | None:
+  """x as a tuple of integers, NumPy's too, or None where it is none."""
+  try:
+    return tuple(map(operator.index, x))
+  except TypeError:
+    return None
+
+
+def _narrow(x) -> jax.Array:
+  """Integers as an array; what int32 cannot hold is clipped before it wraps."""
+  ours = lambda x: isinstance(x, jax.Array) or hasattr(x, "__jax_array__")
+  if not any(map(ours, jax.tree.leaves(x, is_leaf=ours))):
+    x = np.asarray(x)  # jnp.asarray makes 32 bits of it
+  xnp = np if isinstance(x, np.ndarray) else jnp
+  x = xnp.asarray(x)
+  limits = jnp.iinfo(jnp.int32)
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    info = jnp.iinfo(x.dtype)
+    low, high = max(info.min, limits.min), min(info.max, limits.max)
+    x = xnp.clip(x, low, high)
+  return jnp.asarray(x)
 
 
 def _blocks(x: jax.Array, bk: int, bn: int) -> jax.Array:

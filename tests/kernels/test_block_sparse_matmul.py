@@ -460,6 +460,8 @@ def sampled(x, y):
   "call, message",
   [
     (lambda: weight_of(shape=(40,)), r"shape is \(40,\)"),
+    (lambda: weight_of(shape=None), "shape is None; it must be"),
+    (lambda: weight_of(shape=(40, 5.2)), r"shape is \(40, 5.2\)"),
     (lambda: weight_of(values=jnp.ones((2, 16))), "values is float32"),
     (lambda: weight_of(values=jnp.ones((2, 16, 8), int)), "values is int32"),
     (lambda: weight_of(indices=jnp.zeros((6, 2), int)), r"indices .*\[7, C\]"),
@@ -467,6 +469,9 @@ def sampled(x, y):
     (lambda: weight_of(edges=jnp.zeros(3, int)), r"edges .*\[2\]"),
     (lambda: from_dense(w=jnp.ones(3)), r"w is float32\[3\]"),
     (lambda: from_dense(block=(0, 8)), r"block is \(0, 8\)"),
+    (lambda: from_dense(block=8), "block is 8; it must be two"),
+    (lambda: from_dense(capacity=2.5), "capacity is 2.5; it must be"),
+    (lambda: from_dense(capacity=-1), "capacity is -1; it must be"),
     (lambda: from_dense(mask=jnp.ones((3, 6), bool)), r"mask is bool\[3, 6\]"),
     (lambda: from_dense(capacity=20), "capacity is 20; the mask has 21"),
     (
@@ -480,6 +485,7 @@ def sampled(x, y):
     (lambda: sampled(jnp.ones((2, 40)), jnp.ones((3, 52))), "leading"),
     (lambda: sampled(jnp.ones((2, 40)), jnp.ones((2, 40))), "N is 52"),
     (lambda: matmul(preferred_element_type=jnp.int32), "preferred_element"),
+    (lambda: matmul(preferred_element_type="foo"), "_type is 'foo'; it must"),
     (lambda: matmul(backend="gpu"), "backend is 'gpu'"),
     (lambda: matmul(interpret=True), "interpret is True"),
     (lambda: matmul(backend="tpu"), "'tpu' has no blocks of 16 x 8"),
@@ -488,6 +494,25 @@ def sampled(x, y):
 def test_errors(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_numpy_integers():
+  weight = from_dense(block=np.array([16, 8]), capacity=np.int64(21))
+  assert weight.block == (16, 8)
+  assert weight_of(shape=np.array([40, 52])).shape == (40, 52)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_what_int32_cannot_hold_does_not_wrap(x64):
+  with jax.enable_x64(x64):
+    indices, counts = np.zeros((7, 2), np.int64), np.full(7, 2**32 + 1)
+    indices[0], indices[1] = 2**32, -(2**32)
+    for to in (np.asarray, list, jnp.asarray) if x64 else (np.asarray, list):
+      weight = weight_of(
+        values=jnp.ones((14, 16, 8)), indices=to(indices), counts=to(counts)
+      )
+      assert weight.indices.dtype == weight.counts.dtype == jnp.int32
+      assert weight.places()[0].tolist() == [3] * 4 + [0] * 10
 
 
 @pytest.mark.slow
