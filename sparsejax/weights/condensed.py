@@ -176,7 +176,8 @@ def condensed_matmul(x: Array, weight: PyTree) -> Array:
 
   Args:
     x: floating [..., K].
-    weight: a CondensedWeight, a BlockSparseWeight, or an array [K, N].
+    weight: a CondensedWeight, a BlockSparseWeight, an array [K, N], or an
+      `nnx.Variable` that holds one of these.
 
   Returns:
     [..., N] in the dtype of x.
@@ -190,6 +191,8 @@ def condensed_matmul(x: Array, weight: PyTree) -> Array:
   [1.0, 2.0]
   """
   x = jnp.asarray(x)
+  if isinstance(weight, nnx.Variable):
+    weight = weight.get_value()
   if isinstance(weight, pallas_kernels.BlockSparseWeight):
     return pallas_kernels.block_sparse_matmul(x, weight)
   if not isinstance(weight, CondensedWeight):
@@ -342,6 +345,20 @@ class CondensedDot(nnx.Module):
     return condensed_matmul(x, weight)
 
 
+def _kernel_like(kernel, weight):
+  """The kernel's Variable with its metadata, which holds a weight's values.
+
+  Of mesh axes the outputs' stays where values have such a dimension.
+  """
+  updates = {}
+  if kernel.get_metadata().get("out_sharding") is not None:
+    spec = [None] * weight.values.ndim
+    if getattr(weight, "outputs", 0) is None:
+      spec[-1] = tuple(kernel.get_metadata()["out_sharding"])[-1]
+    updates["out_sharding"] = tuple(spec)
+  return kernel.copy(weight.values, **updates)
+
+
 def condense_layers(
   model: nnx.Module,
   masks: PyTree,
@@ -351,6 +368,8 @@ def condense_layers(
 
   The kernels of these hold the values alone, [nnz, bk, bn] or [fan_in, out],
   and train as any parameter does; the lists are Variables of the kind `Lists`.
+  A kernel keeps its kind and metadata; of the mesh axes in it, the outputs' is
+  kept under `ConstantFanIn` where all outputs have entries, and no other.
 
   Args:
     model: any module that holds `nnx.Linear`.
@@ -362,7 +381,7 @@ def condense_layers(
 
   Raises:
     ValueError: as `condense`, and for a sparse parameter that is not the kernel
-      of an `nnx.Linear`.
+      of an `nnx.Linear`, or of one that has a `dot_general` of its own.
 
   Example:
     >>> from flax import nnx
@@ -385,7 +404,12 @@ def condense_layers(
     name = "/".join(map(str, (*path, "kernel")))
     if isinstance(layer, nnx.Linear) and name in sparse:
       weight = sparse.pop(name)
-      layer.kernel = nnx.Param(weight.values)
+      if layer.dot_general is not lax.dot_general:
+        raise ValueError(
+          f"{name}: its layer must have lax.dot_general as its dot_general, "
+          f"got {layer.dot_general}"
+        )
+      layer.kernel = _kernel_like(layer.kernel, weight)
       layer.dot_general = nnx.data(CondensedDot(weight))
   if sparse:
     raise ValueError(

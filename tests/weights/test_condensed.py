@@ -233,6 +233,55 @@ def test_a_model_trains_as_the_masked_one():
   assert losses[-1][0] < losses[0][0]
 
 
+@pytest.mark.parametrize("structure", [FAN_IN, BLOCK], ids=str)
+def test_a_state_of_variables(structure):
+  x, _, mask, _ = problem(structure)
+  model = nnx.Linear(K, N, rngs=nnx.Rngs(0))
+  params = nnx.state(model, nnx.Param)
+  found = weights.condense(params, {"kernel": mask}, structure)
+  got = weights.condensed_matmul(x, found["kernel"])
+  want = x @ jnp.where(mask, model.kernel[...], 0)
+  np.testing.assert_allclose(got, want, 1e-5, 1e-5)
+  plain = weights.condensed_matmul(x, model.kernel)
+  np.testing.assert_allclose(plain, x @ model.kernel[...], 1e-5, 1e-5)
+
+
+def test_layers_keep_what_their_kernels_say():
+  mask = problem(FAN_IN)[2]
+
+  class Frozen(nnx.Param):
+    pass
+
+  model = nnx.Linear(K, N, rngs=nnx.Rngs(0))
+  model.kernel = Frozen(model.kernel[...], note="mine")
+  fast = weights.condense_layers(model, {"kernel": mask}, FAN_IN)
+  assert type(fast.kernel) is Frozen and fast.kernel.note == "mine"
+  assert fast.kernel.shape == (7, N) and model.kernel.shape == (K, N)
+
+
+@pytest.mark.parametrize("structure", [FAN_IN, BLOCK], ids=str)
+def test_layers_keep_the_axis_of_their_outputs(structure):
+  x, _, mask, _ = problem(structure)
+  mesh = common.mesh_of(jax.sharding.AxisType.Auto)
+  init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", "y"))
+  with jax.set_mesh(mesh):
+    model = nnx.Linear(K, N, kernel_init=init, rngs=nnx.Rngs(0))
+    fast = weights.condense_layers(model, {"kernel": mask}, structure)
+    want = (None, "y") if structure is FAN_IN else (None, None, None)
+    assert fast.kernel.get_metadata()["out_sharding"] == want
+    masked = x @ jnp.where(mask, model.kernel[...], 0)
+    np.testing.assert_allclose(fast(x), masked, 1e-5, 1e-5)
+
+
+def test_layers_with_a_dot_general_of_their_own_are_refused():
+  mask = problem(FAN_IN)[2]
+  mine = lambda *args, **options: jax.lax.dot_general(*args, **options)
+  model = nnx.Sequential(nnx.Linear(K, N, dot_general=mine, rngs=nnx.Rngs(0)))
+  masks = {"layers": {0: {"kernel": mask}}}
+  with pytest.raises(ValueError, match="layers/0/kernel: its layer must"):
+    weights.condense_layers(model, masks, FAN_IN)
+
+
 def test_in_linen():
   # Linen checks a kernel's shape, so the layer is intercepted instead.
   x, w, mask, _ = problem(FAN_IN)
