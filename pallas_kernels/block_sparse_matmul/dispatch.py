@@ -95,7 +95,7 @@ def sampled(x, y, like, ints, settings):
     return lists.inside(out, row, column + first, settings.shape)
 
   names = (_X, _Y, _VALUES)
-  return _on_shards(run, (x, y, like), names, _VALUES, ints, settings, "bn")
+  return _on_shards(run, (x, y, like), names, _VALUES, ints, settings, "btn")
 
 
 def _choose(kernel, fallback, lacks, settings, arrays):
@@ -148,7 +148,7 @@ def _on_shards(f, args, names, out, ints, settings, summed):
       names,
       [out],
       sizes,
-      cut="bnp",
+      cut="btnp",
       summed={0: summed},
       follow=len(args),
       batch=None,

@@ -40,18 +40,18 @@ def block_sparse_matmul(
   The lists have no gradient (see BlockSparseWeight for how to differentiate by
   it).
 
-  Under `jit` on a mesh the leading dimension of x may be sharded, block columns
-  (the lists of the weight) where they divide, and values along their first
-  dimension, whose partial results are then summed; what is gathered is x along
-  its other dimensions, so bring a sharded sequence to the front or use
-  `jax.shard_map`. Under `vmap` the rows of all calls with one weight run
-  together.
+  Under `jit` on a mesh the first two dimensions of x may be sharded, block
+  columns (the lists of the weight) where they divide, and values along their
+  first dimension, whose partial results are then summed; of x [b, t, K] nothing
+  is gathered but the last dimension. Under `vmap` the rows of all calls with
+  one weight run together.
 
   Args:
     x: floating [..., K].
     weight: BlockSparseWeight of shape (K, N), its values in the dtype of x.
     preferred_element_type: dtype of the result, by default that of x.
-    backend: "tpu" (a Pallas kernel, for blocks that are multiples of 128),
+    backend: "tpu" (a Pallas kernel, for blocks that are multiples of 128 and
+      that VMEM has room for, bf16 of 2048 x 2048 at the most or so),
       "xla", "reference" or None: what the platform has, xla for other blocks.
     interpret: runs the Pallas kernel where there is no such device: True, or
       `jax.experimental.pallas.tpu.InterpretParams(...)`.

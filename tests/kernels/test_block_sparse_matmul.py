@@ -361,8 +361,9 @@ def test_other_lists_run_the_same_program():
 
 @pytest.mark.parametrize("axis_type", common.AXIS_TYPES, ids=str)
 @pytest.mark.parametrize("cut", ["columns", "values"])
-def test_sharded(axis_type, cut):
-  x, weight, dy = make((64, 128), (16, 8), lead=(8, 3), seed=3)
+@pytest.mark.parametrize("rows", [("x",), (None, "x")], ids=["b", "t"])
+def test_sharded(axis_type, cut, rows):
+  x, weight, dy = make((64, 128), (16, 8), lead=(8, 4), seed=3)
   nnz = -(-len(weight.values) // 2) * 2
   pad = [(0, nnz - len(weight.values)), (0, 0), (0, 0)]
   weight = dataclasses.replace(weight, values=jnp.pad(weight.values, pad))
@@ -377,14 +378,17 @@ def test_sharded(axis_type, cut):
       indices=on(weight.indices, columns),
       counts=on(weight.counts, columns),
     )
-    args = on(x, "x"), weight, on(dy, "x", None, columns)
+    of_dy = (*rows, None, columns) if rows[0] else (*rows, columns)
+    args = on(x, *rows), weight, on(dy, *of_dy)
     f = compiled("xla").lower(*args).compile()
     got = f(*args)
   assert common.moved(f) == set()
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, 1e-5, 1e-4)
-  shards = [a.sharding.shard_shape(a.shape)[0] for a in got]
-  assert shards == [2, 2, *(2 * [nnz if columns else nnz // 2])]
+  shards = [a.sharding.shard_shape(a.shape) for a in got]
+  lead = (2, 4) if rows[0] else (8, 1)
+  assert [s[:2] for s in shards[:2]] == [lead, lead]
+  assert [s[0] for s in shards[2:]] == 2 * [nnz if columns else nnz // 2]
   out = got[0].sharding.shard_shape(got[0].shape)
   assert out[-1] == (64 if columns else 128)
 
