@@ -135,7 +135,7 @@ def wanda(
 
 
 def wanda_scores(kernel: Array, moments: Moments) -> Array:
-  """|kernel| times the root mean square of each input, f32."""
+  """Magnitudes times the root mean square of their input, f32."""
   _fits(kernel, moments)
   return jnp.abs(_f32(kernel)) * jnp.sqrt(moments.squares)[:, None]
 
