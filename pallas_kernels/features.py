@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import rules
+from pallas_kernels.backends import BACKENDS
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.block_sparse_attention.checks import BACKENDS
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul
 from pallas_kernels.block_sparse_matmul import BlockSparseWeight
 from pallas_kernels.block_sparse_matmul import sampled_matmul

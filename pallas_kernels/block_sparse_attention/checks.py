@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import backends
 from pallas_kernels import block_mask
 from pallas_kernels.block_sparse_attention import lists as lists_lib
-
-BACKENDS = ("tpu", "xla", "reference")
 
 
 def check(
@@ -94,15 +93,7 @@ def check(
     raise ValueError(
       f"return_block_mass is {block_mass!r}; it takes None, 'sum' or 'max'."
     )
-  if backend is not None and backend not in BACKENDS:
-    raise ValueError(
-      f"backend is {backend!r}; it takes None or one of {BACKENDS}."
-    )
-  if interpret and backend != "tpu":
-    raise ValueError(
-      f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
-      "kernel, so name one: backend='tpu'."
-    )
+  backends.check(backend, interpret)
   settings = lists_lib.Settings(
     block_q=mask.block_q,
     block_kv=mask.block_kv,

@@ -2,9 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import backends
 from pallas_kernels.block_sparse_matmul.weight import BlockSparseWeight
-
-BACKENDS = ("tpu", "xla", "reference")
 
 
 def check(weight, arrays, preferred_element_type, backend, interpret):
@@ -38,15 +37,7 @@ def check(weight, arrays, preferred_element_type, backend, interpret):
       f"preferred_element_type is {preferred_element_type!r}; it must be a "
       "floating dtype, or None for that of x."
     )
-  if backend is not None and backend not in BACKENDS:
-    raise ValueError(
-      f"backend is {backend!r}; it takes None or one of {BACKENDS}."
-    )
-  if interpret and backend != "tpu":
-    raise ValueError(
-      f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
-      "kernel, so name one: backend='tpu'."
-    )
+  backends.check(backend, interpret)
 
 
 def _floating_or_none(dtype):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BACKENDS = ("tpu", "xla", "reference")
+from pallas_kernels import backends
 
 
 def check(
@@ -93,15 +93,7 @@ def check(
         f"preferred_element_type is {preferred_element_type!r}; it must be a "
         "floating dtype."
       )
-  if backend is not None and backend not in BACKENDS:
-    raise ValueError(
-      f"backend is {backend!r}; it takes None or one of {BACKENDS}."
-    )
-  if interpret and backend != "tpu":
-    raise ValueError(
-      f"interpret is {interpret!r} with backend {backend!r}; it runs a Pallas "
-      "kernel, so name one: backend='tpu'."
-    )
+  backends.check(backend, interpret)
 
 
 def _activation(activation):
