@@ -9,6 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels import backends
 from pallas_kernels import partitioning
 from pallas_kernels.block_sparse_matmul import lists
 from pallas_kernels.block_sparse_matmul import tpu
@@ -70,7 +71,7 @@ def product(x, values, ints, settings, transpose):
     bytes_of = x.dtype.itemsize, settings.dtype.itemsize
     room = tpu.product_room(values.shape, *bytes_of, transpose)
     lacks = tpu.lacks(len(arrays[0]), values.shape, sides[3], room)
-    out = _choose(kernel, fallback, lacks, settings, arrays)
+    out = backends.choose(settings.backend, kernel, fallback, lacks, arrays)
     return out.reshape(*x.shape[:-1], -1)
 
   summed = "np" if transpose else "p"
@@ -91,22 +92,12 @@ def sampled(x, y, like, ints, settings):
     bytes_of = x.dtype.itemsize, settings.dtype.itemsize
     room = tpu.sampled_room(like.shape, *bytes_of)
     lacks = tpu.lacks(len(x), like.shape, 0, room)
-    out = _choose(kernel, fallback, lacks, settings, (x, y, row, column))
+    arrays = (x, y, row, column)
+    out = backends.choose(settings.backend, kernel, fallback, lacks, arrays)
     return lists.inside(out, row, column + first, settings.shape)
 
   names = (_X, _Y, _VALUES)
   return _on_shards(run, (x, y, like), names, _VALUES, ints, settings, "btn")
-
-
-def _choose(kernel, fallback, lacks, settings, arrays):
-  """Runs the backend asked for, or the platform's."""
-  if settings.backend == "xla" or (settings.backend == "auto" and lacks):
-    return fallback(*arrays)
-  if settings.backend == "tpu":
-    if lacks:
-      raise ValueError(f"backend 'tpu' has no {lacks}; use 'xla' or None.")
-    return kernel(*arrays)
-  return lax.platform_dependent(*arrays, tpu=kernel, default=fallback)
 
 
 def _on_shards(f, args, names, out, ints, settings, summed):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import backends
 from pallas_kernels import partitioning
 from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.grouped_matmul import xla
@@ -93,19 +94,13 @@ def _choose(settings, name, static):
   )
 
   def run(**given):
-    lacks = tpu.lacks(given["lhs"])
-    if settings.backend == "xla" or (settings.backend == "auto" and lacks):
-      return fallback(**given)
-    if settings.backend == "auto":
-      choose = functools.partial(
-        jax.lax.platform_dependent,
-        tpu=lambda given: kernel(**given),
-        default=lambda given: fallback(**given),
-      )
-      return choose(given)
-    if lacks:
-      raise ValueError(f"backend 'tpu' has no {lacks}; use 'xla' or None.")
-    return kernel(**given)
+    return backends.choose(
+      settings.backend,
+      lambda given: kernel(**given),
+      lambda given: fallback(**given),
+      tpu.lacks(given["lhs"]),
+      (given,),
+    )
 
   return run
 
