@@ -6,6 +6,8 @@ import numpy as np
 
 from pallas_kernels import backends
 
+_ACTIVATION = "it takes None or an elementwise function such as jax.nn.silu"
+
 
 def check(
   lhs,
@@ -47,7 +49,12 @@ def check(
       f"{rhs.dtype}{list(rhs.shape)}."
     )
   if activation is not None:
-    _activation(activation)
+    try:
+      hash(activation)
+    except TypeError as error:
+      raise ValueError(
+        f"activation is {activation!r}; {_ACTIVATION}, and hashable."
+      ) from error
   count = lhs.shape[0]
   if gather is not None:
     _integers("gather", gather, 1, "[edges]")
@@ -96,22 +103,23 @@ def check(
   backends.check(backend, interpret)
 
 
-def _activation(activation):
-  takes = "it takes None or an elementwise function such as jax.nn.silu"
+def check_activation(activation):
+  """Raises a ValueError for what is no function of an array; traces it."""
   try:
-    hash(activation)
     x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     traced, out = jax.make_jaxpr(activation, return_shape=True)(x)
   except TypeError as error:
     raise ValueError(
-      f"activation is {activation!r}; {takes}, hashable and of one array."
+      f"activation is {activation!r}; {_ACTIVATION}, of one array."
     ) from error
   if not hasattr(out, "shape") or out.shape != x.shape:
-    raise ValueError(f"activation is {activation!r}; {takes}; it makes {out}.")
+    raise ValueError(
+      f"activation is {activation!r}; {_ACTIVATION}; it makes {out}."
+    )
   if traced.consts:
     raise ValueError(
       f"activation is {activation!r} and holds arrays, "
-      f"{[jnp.shape(x) for x in traced.consts]}; {takes} that holds none."
+      f"{[jnp.shape(x) for x in traced.consts]}; {_ACTIVATION} that holds none."
     )
 
 

@@ -161,6 +161,8 @@ def grouped_matmul(
 def _apply(
   lhs, weights, sizes, offset, gather, scatter, scale, *, num_rows, settings
 ):
+  if settings.combine.activation is not None:  # here it is traced only once
+    checks.check_activation(settings.combine.activation)
   sizes, offset, gather, scatter = jax.tree.map(
     _int32, (sizes, offset, gather, scatter)
   )
