@@ -91,6 +91,7 @@ def magnitude_pruning(
   """
   _kernel(kernel)
   structure = structure or structures_lib.Unstructured()
+  _check_density(density, structure, kernel.shape)
   return _masked(kernel, _choose(jnp.abs(_f32(kernel)), density, structure))
 
 
@@ -129,6 +130,7 @@ def wanda(
   """
   _kernel(kernel)
   structure = structure or structures_lib.ConstantFanIn()
+  _check_density(density, structure, kernel.shape)
   return _masked(
     kernel, _choose(wanda_scores(kernel, moments), density, structure)
   )
@@ -158,15 +160,17 @@ def sparsegpt(
 
   Inputs that are always 0 lose their weights. Departures: exactly the share
   asked for is pruned of every block, where the authors' code prunes one more;
-  `ConstantFanIn` is not in the paper.
+  `ConstantFanIn` and `Block` are not in the paper. The score of a `Block` is
+  the mean of its weights'.
 
   Args:
     kernel: floating [inputs, outputs].
     moments: of the layer's inputs, with `second`.
     density: share of weights to keep, in [0, 1]; None for n:m.
-    structure: `select.Unstructured()` (default; of a block of inputs), `NM` or
-      `ConstantFanIn` (of a block).
-    block: how many inputs are chosen among at once.
+    structure: `select.Unstructured()` (default), `ConstantFanIn` or `Block`,
+      which are chosen in each block of inputs; or `NM`.
+    block: how many inputs are chosen among at once: whole groups of `NM`, whole
+      rows of `Block`.
     damping: what is added to the Hessian's diagonal, as a share of its mean.
 
   Returns:
@@ -189,23 +193,17 @@ def sparsegpt(
   """
   _kernel(kernel)
   structure = structure or structures_lib.Unstructured()
-  one_by_one = isinstance(structure, structures_lib.NM)
-  allowed = (structures_lib.Unstructured, structures_lib.ConstantFanIn)
-  if not one_by_one and not isinstance(structure, allowed):
+  together = _inputs_together(structure)
+  if block < 1 or block % together:
     raise ValueError(
-      f"structure must be Unstructured, ConstantFanIn or NM, got {structure}"
-    )
-  if block < 1 or (one_by_one and block % structure.m):
-    raise ValueError(
-      f"block must be positive, and whole groups of {structure}, got {block}"
+      f"block must be a positive multiple of {together} for {structure}, got "
+      f"{block}"
     )
   if not damping >= 0:
     raise ValueError(f"damping must be 0 or more, got {damping}")
-  if not one_by_one:
-    if density is None:
-      raise ValueError(f"density must be given for {structure}, got None")
-    budgets.check_share("density", density)
   structure.check(kernel.shape, structures_lib.Axes())
+  inputs, outputs = kernel.shape
+  _check_density(density, structure, (min(block, inputs), outputs))
   return _sparsegpt(
     kernel, _table(kernel, moments), density, structure, block, damping
   )
@@ -256,7 +254,7 @@ def _sparsegpt(kernel, second, density, structure, block, damping):
 
 def _prune_block(w, upper, diagonal, density, structure):
   """The block's rows and mask, and the errors that later blocks make up for."""
-  nm = isinstance(structure, structures_lib.NM)
+  nm = _is_nm_of_inputs(structure)
   if nm:
     group, chosen = structure.m, jnp.zeros(w.shape, bool)
   else:
@@ -282,6 +280,30 @@ def _prune_block(w, upper, diagonal, density, structure):
 
   carry = (w, chosen, jnp.zeros_like(w))
   return lax.fori_loop(0, w.shape[0], step, carry)
+
+
+def _is_nm_of_inputs(structure):
+  """Whether it is chosen group by group, as the groups' first inputs come."""
+  return (
+    isinstance(structure, structures_lib.NM)
+    and structure.along(2, structures_lib.Axes()) == 0
+  )
+
+
+def _inputs_together(structure):
+  """How many inputs the structure cannot be cut between."""
+  if isinstance(structure, structures_lib.Block):
+    return structure.shape[0]
+  if isinstance(structure, structures_lib.NM):
+    return structure.m if _is_nm_of_inputs(structure) else 1
+  if isinstance(
+    structure, structures_lib.Unstructured | structures_lib.ConstantFanIn
+  ):
+    return 1
+  raise ValueError(
+    "structure must be Unstructured, ConstantFanIn, Block or NM, got "
+    f"{structure}"
+  )
 
 
 def dsnot(
@@ -498,6 +520,24 @@ def _f32(x):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _choose(scores, density, structure):
   return structure.mask(scores, density)
+
+
+def _check_density(density, structure, shape):
+  """An error unless something stays of each group and something goes."""
+  axes = structures_lib.Axes()
+  structure.check(shape, axes)
+  if density is None:
+    if not isinstance(structure, structures_lib.NM):
+      raise ValueError(f"density must be given for {structure}, got None")
+    return
+  budgets.check_share("density", density)
+  units = structure.group_size(shape, axes)
+  kept = structure.group_count(shape, axes, density)
+  if units and 0 < density < 1 and kept in (0, units):
+    raise ValueError(
+      f"density must keep some and prune some, got {density}, which keeps "
+      f"{kept} of {units} in a group of {structure} over {tuple(shape)}"
+    )
 
 
 def _masked(kernel, mask):

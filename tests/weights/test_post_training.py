@@ -141,6 +141,51 @@ def test_sparsegpt_of_n_of_m(n, m):
   assert (mask.reshape(-1, m, N).sum(1) == n).all()
 
 
+BLOCKS = [((2, 5), 8), ((4, 2), 16), ((8, 1), 128)]
+
+
+@pytest.mark.parametrize("shape, block", BLOCKS)
+def test_sparsegpt_of_blocks(shape, block):
+  """Chosen in each strip by the scores that weights have when it comes."""
+  w, moments, _ = layer(dead=(5,))
+  structure = select.Block(shape)
+  got = weights.sparsegpt(w, moments, 0.4, structure, block=block)
+  mask = np.asarray(got.mask)
+  hessian, _ = oracle.damped(moments.second, 0.01)
+  diagonal = np.linalg.cholesky(np.linalg.inv(hessian)).diagonal()
+  for at in range(0, K, block):
+    strip = slice(at, at + block)
+    # What OBS leaves of the strip once all before it is pruned.
+    now = oracle.column_by_column_obs(
+      w, moments.second, np.where(np.arange(K)[:, None] < at, mask, True)
+    )
+    scores = (now / diagonal[:, None])[strip] ** 2
+    np.testing.assert_array_equal(
+      mask[strip], oracle.choose(scores, 0.4, ("blocks", *shape))
+    )
+  want = oracle.column_by_column_obs(w, moments.second, mask)
+  np.testing.assert_allclose(got.kernel, want, rtol=2e-3, atol=2e-3)
+
+
+def test_blocks_of_one_weight_are_unstructured():
+  w, moments, _ = layer()
+  got, want = (
+    weights.sparsegpt(w, moments, 0.4, structure, block=8)
+    for structure in (select.Block((1, 1)), select.Unstructured())
+  )
+  np.testing.assert_array_equal(got.mask, want.mask)
+  np.testing.assert_array_equal(got.kernel, want.kernel)
+
+
+def test_sparsegpt_of_n_of_m_outputs():
+  w, moments, _ = layer()
+  # Strips of 16 and 8 inputs: neither is whole groups of 5.
+  got = weights.sparsegpt(w, moments, None, select.NM(2, 5, axis=1), block=16)
+  assert (np.asarray(got.mask).reshape(K, 2, 5).sum(-1) == 2).all()
+  want = oracle.column_by_column_obs(w, moments.second, np.asarray(got.mask))
+  np.testing.assert_allclose(got.kernel, want, rtol=2e-3, atol=2e-3)
+
+
 def test_sparsegpt_moves_weights_as_direct_obs_does():
   w, moments, statistics = layer(seed=1)
   got = weights.sparsegpt(w, moments, 0.5, damping=0.02)
@@ -282,9 +327,21 @@ def test_errors():
     ("density", lambda: weights.sparsegpt(w, moments, None)),
     ("density", lambda: weights.sparsegpt(w, moments, -1)),
     ("structure", lambda: weights.sparsegpt(
-      w, moments, 0.5, select.Block((2, 2)))),
-    ("block", lambda: weights.sparsegpt(
+      w, moments, 0.5, select.Channel())),
+    ("block must be a positive multiple of 4", lambda: weights.sparsegpt(
       w, moments, None, select.NM(2, 4), block=6)),
+    ("block must be a positive multiple of 4", lambda: weights.sparsegpt(
+      w, moments, 0.5, select.Block((4, 2)), block=6)),
+    ("must divide", lambda: weights.sparsegpt(
+      w, moments, 0.5, select.Block((5, 2)), block=5)),
+    ("density must be n/m", lambda: weights.sparsegpt(
+      w, moments, 0.3, select.NM(2, 4))),
+    ("density .* keeps 0 of 4", lambda: weights.sparsegpt(
+      w, moments, 0.1, select.Block((8, 5)), block=16)),
+    ("density .* keeps 6 of 6", lambda: weights.wanda(
+      w, moments, 0.95, select.Block((8, 5)))),
+    ("density .* keeps 0 of 10", lambda: weights.magnitude_pruning(
+      w, 0.04, select.Channel())),
     ("damping", lambda: weights.sparsegpt(w, moments, 0.5, damping=-1.0)),
     ("mask", lambda: weights.dsnot(w, moments, jnp.ones((K, N)))),
     ("group", lambda: weights.dsnot(w, moments, w > 0, group=5)),
