@@ -47,6 +47,7 @@ def names_in_examples(doctest_namespace):
   import jax.numpy as jnp
   import optax
 
+  from sparsejax import routing
   from sparsejax import select
   from sparsejax import weights
 
@@ -55,6 +56,7 @@ def names_in_examples(doctest_namespace):
     jnp=jnp,
     optax=optax,
     pallas_kernels=pallas_kernels,
+    routing=routing,
     select=select,
     weights=weights,
   )

@@ -1,0 +1,220 @@
+"""Dispatchers: they run a bank of experts along the edges of an assignment.
+
+  y = dispatch(x, found, bank, params)
+
+sums, for each token, the outputs of its experts times the weights of the edges.
+A bank is any function `bank(params, rows, group_sizes)` that processes rows
+[m, d] which lie in groups, one an expert, the first ones of expert 0. Where it
+has an attribute `fuses` that is True, it also takes what `grouped_matmul` takes
+to read rows where they are and add them where they belong; see `experts.py`.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.routing.assignment import Assignment
+
+Array = jax.Array
+Bank = Callable[..., Array]
+
+
+def dropless(x: Array, found: Assignment, bank: Bank, params: Any) -> Array:
+  """Every edge is processed, however the load falls.
+
+  Args:
+    x: floating [tokens, d].
+    found: which experts process which tokens.
+    bank: see above.
+    params: of the bank.
+
+  Returns:
+    [tokens, d of the bank] in the dtype of x; zeros for tokens without a valid
+    edge.
+
+  Raises:
+    ValueError: x is not of the assignment's tokens.
+
+  Example:
+    >>> found = routing.by_id(jnp.array([1, 0, 1]), 2)
+    >>> bank = lambda scale, rows, sizes: (
+    ...   rows
+    ...   * jnp.repeat(scale, sizes, total_repeat_length=len(rows))[:, None]
+    ... )
+    >>> x = jnp.ones((3, 1))
+    >>> routing.dropless(x, found, bank, jnp.array([10.0, 20.0])).tolist()
+    [[20.0], [10.0], [20.0]]
+
+  Source: megablocks-dmoe, MegaBlocks, section 5; scattermoe, Scattered
+  Mixture-of-Experts Implementation, section 3.
+  """
+  _of_tokens(x, found)
+  # Invalid edges come last, behind all groups.
+  group = jnp.where(found.valid, found.expert, found.num_experts)
+  order = jnp.argsort(group)
+  token, weight = found.token[order], found.weight[order]
+  if getattr(bank, "fuses", False):
+    return bank(
+      params,
+      x,
+      found.sizes,
+      gather=token,
+      scatter=token,
+      num_rows=found.num_tokens,
+      row_scale=weight,
+    )
+  rows = bank(params, x[token], found.sizes)
+  return _combined(x, rows, token, weight, found.valid[order])
+
+
+def capacity(
+  x: Array, found: Assignment, bank: Bank, params: Any, *, size: int
+) -> Array:
+  """Every expert processes a buffer of equally many rows.
+
+  Shapes do not depend on the load, so buffers can be divided over devices. What
+  is beyond an expert's size must have been dropped by `limit`: edges beyond
+  it count for nothing here, in their order in the list.
+
+  Args:
+    x: floating [tokens, d].
+    found: which experts process which tokens.
+    bank: see above; its group sizes are all `size`.
+    params: of the bank.
+    size: rows of an expert's buffer.
+
+  Returns:
+    As `dropless`.
+
+  Raises:
+    ValueError: x is not of the assignment's tokens, or size is not positive.
+
+  Source: gshard-topk, GShard, section 2.2; tutel, Tutel: Adaptive
+  Mixture-of-Experts at Scale, section 4.2.
+  """
+  _of_tokens(x, found)
+  if size < 1:
+    raise ValueError(f"size must be 1 or more, got {size}")
+  experts, edges = found.num_experts, found.expert.shape[0]
+  slot = _places(found, jnp.arange(edges))
+  slot = jnp.where(slot < size, found.expert * size + slot, experts * size)
+  # The edge of each slot; a row of zeros where there is none.
+  edge = jnp.full(experts * size, edges, jnp.int32)
+  edge = edge.at[slot].set(jnp.arange(edges, dtype=jnp.int32), mode="drop")
+  of_slot = lambda x, other: x.at[edge].get(mode="fill", fill_value=other)
+  token = of_slot(found.token, found.num_tokens)
+  weight = of_slot(found.weight, 0)
+  rows = x.at[token].get(mode="fill", fill_value=0)
+  sizes = jnp.full(experts, size, jnp.int32)
+  rows = bank(params, rows, sizes)
+  return _combined(x, rows, token, weight, token < found.num_tokens)
+
+
+def limit(
+  found: Assignment,
+  size: int,
+  *,
+  priority: str = "position",
+  uniform: Array | None = None,
+) -> tuple[Assignment, Array]:
+  """At most `size` edges an expert; the others are dropped, and counted.
+
+  First choices go before second ones, and within those the tokens by priority.
+
+  Args:
+    found: which experts process which tokens.
+    size: edges an expert keeps.
+    priority: "position" keeps the earlier tokens; "weight" those whose largest
+      weight is larger (batch prioritized routing); "random" draws.
+    uniform: for "random" alone: f32 [tokens] of `jax.random.uniform`.
+
+  Returns:
+    The assignment without what was dropped, and the share of the valid edges
+    that were, f32.
+
+  Raises:
+    ValueError: for arguments that do not fit each other.
+
+  Example:
+    >>> found = routing.top_k(jnp.array([[1.0, 0.0], [2.0, 0.0]]), 1)
+    >>> kept, dropped = routing.limit(found, 1, priority="weight")
+    >>> kept.valid.tolist(), dropped.item()
+    ([False, True], 0.5)
+
+  Source: switch, Switch Transformers, section 2.2; v-moe, Scaling Vision with
+  Sparse Mixture of Experts, section 4; zcode-m3-moe, Scalable and Efficient MoE
+  Training for Multitask Multilingual Models, section 3.2 (random).
+  """
+  if size < 1:
+    raise ValueError(f"size must be 1 or more, got {size}")
+  if priority not in ("position", "weight", "random"):
+    raise ValueError(
+      f'priority must be "position", "weight" or "random", got {priority!r}'
+    )
+  if (uniform is not None) != (priority == "random"):
+    raise ValueError(
+      f'uniform must be given with priority="random" alone, got {priority!r} '
+      f"and {None if uniform is None else uniform.shape}"
+    )
+  first = jnp.zeros(found.num_tokens)  # higher goes before
+  if priority == "weight":
+    first = first.at[found.token].max(jax.lax.stop_gradient(found.weight))
+  elif priority == "random":
+    if uniform.shape != (found.num_tokens,):
+      raise ValueError(
+        f"uniform must be [{found.num_tokens}], got {uniform.shape}"
+      )
+    first = uniform
+  keys = (found.token, -first[found.token], found.rank)  # the last counts most
+  order = jnp.lexsort(keys)
+  place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+  kept = found.where(_places(found, place) < size)
+  valid = found.valid.sum()
+  dropped = 1 - kept.valid.sum() / jnp.maximum(valid, 1)
+  return kept, jnp.where(valid > 0, dropped, 0).astype(jnp.float32)
+
+
+def capacity_of(edges: int, num_experts: int, factor: float) -> int:
+  """The size at which experts could take `factor` times the edges, rounded up.
+
+  >>> routing.capacity_of(4096 * 2, 64, 1.25)
+  160
+  """
+  if num_experts < 1 or not factor > 0:
+    raise ValueError(
+      f"num_experts and factor must be positive, got {num_experts}, {factor}"
+    )
+  return max(1, math.ceil(factor * edges / num_experts))
+
+
+def _places(found, order):
+  """Each edge's place among the valid edges of its expert, in that order.
+
+  Edges that are not valid have places behind all others.
+  """
+  edges = found.expert.shape[0]
+  group = jnp.where(found.valid, found.expert, found.num_experts)
+  by_expert = jnp.lexsort((order, group))
+  sizes = found.sizes
+  begin = jnp.concatenate([jnp.cumsum(sizes) - sizes, jnp.zeros(1, jnp.int32)])
+  place = jnp.zeros(edges, jnp.int32).at[by_expert].set(jnp.arange(edges))
+  return jnp.where(found.valid, place - begin[group], edges)
+
+
+def _combined(x, rows, token, weight, valid):
+  """Rows times their weights, added up by token."""
+  rows = jnp.where(valid[:, None], rows, 0).astype(jnp.float32)
+  y = jnp.zeros((x.shape[0], rows.shape[1]), jnp.float32)
+  y = y.at[token].add(rows * weight[:, None], mode="drop")
+  return y.astype(x.dtype)
+
+
+def _of_tokens(x, found):
+  if x.ndim != 2 or x.shape[0] != found.num_tokens:
+    raise ValueError(
+      f"x must be [{found.num_tokens}, d], the assignment's tokens, got "
+      f"{x.shape}"
+    )
