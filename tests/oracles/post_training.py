@@ -14,7 +14,8 @@ What the papers leave open, or their code does otherwise, and is settled here:
   of equal scores in a group of m theirs leaves it to the library.)
 - n:m keeps n of every m. (Their code's n is the number pruned.)
 - A density is met exactly: round(density * size) are kept, halves to even; for
-  `sparsegpt`, round((1 - density) * size) of a block are pruned. (Wanda's and
+  `sparsegpt`, round((1 - density) * size) of a block are pruned, or with blocks
+  of weights round(density * their number) are kept. (Wanda's and
   DSnoT's code prune int(sparsity * K) of an output; SparseGPT's, and Wanda's
   for magnitude, int(sparsity * size) and everything up to the next score, which
   is one more without ties.)
@@ -172,8 +173,15 @@ def damped(second, damping):
   return hessian, dead
 
 
-def sparsegpt(w, second, density=None, *, nm=None, block=128, damping=0.01):
+def sparsegpt(
+  w, second, density=None, *, nm=None, blocks=None, block=128, damping=0.01
+):
   """(The new weights, their mask), with `density` or with nm = (n, m).
+
+  With a density and blocks = (bk, bn), of the [bk, bn] blocks of a strip of
+  `block` inputs those of the largest sums of scores are kept, and
+  round(density * their number) of them. They are chosen when the strip begins,
+  as single weights are; so a strip must be whole groups of bk inputs.
 
   An error is put onto all later inputs at once. To put it onto those of the
   same block, and the errors of a block together onto the rest, as one does for
@@ -195,11 +203,23 @@ def sparsegpt(w, second, density=None, *, nm=None, block=128, damping=0.01):
   >>> new, mask = sparsegpt([[1.0], [2.0]], h, nm=(1, 2), damping=0.0)
   >>> new.round(6).tolist(), mask.tolist()
   ([[0.0], [3.0]], [[False], [True]])
+
+  Sums of 5, 20, 9 and 9, then the same in strips of one input:
+
+  >>> w = np.array([[1.0, 2.0, 4.0, 2.0], [3.0, 0.0, 0.0, 3.0]])
+  >>> sparsegpt(w, np.eye(2), 0.5, blocks=(1, 2))[1].astype(int).tolist()
+  [[0, 0, 1, 1], [1, 1, 0, 0]]
+  >>> sparsegpt(w, np.eye(2), 0.5, blocks=(1, 2), block=1)[0].tolist()
+  [[0.0, 0.0, 4.0, 2.0], [3.0, 0.0, 0.0, 0.0]]
   """
   w = _float64(w).copy()
   inputs, outputs = w.shape
-  if (density is None) == (nm is None):
-    raise ValueError(f"density {density}, nm {nm}")
+  if (density is None) == (nm is None) or (blocks and nm):
+    raise ValueError(f"density {density}, nm {nm}, blocks {blocks}")
+  if blocks is not None:
+    _groups(inputs, blocks[0])
+    if min(block, inputs) % blocks[0] or outputs % blocks[1]:
+      raise ValueError(f"{blocks} of strips of {block} inputs of {w.shape}")
   if nm is not None:
     _groups(inputs, nm[1])
     if min(block, inputs) % nm[1]:
@@ -213,8 +233,11 @@ def sparsegpt(w, second, density=None, *, nm=None, block=128, damping=0.01):
     if nm is None and i % block == 0:
       end = min(i + block, inputs)
       scores = _saliency(w, upper, i, end)
-      pruned = round((1 - density) * scores.size)
-      mask[i:end] = select.top_k_mask([scores], scores.size - pruned)[0]
+      if blocks is not None:
+        mask[i:end] = choose(scores, density, ("blocks", *blocks))
+      else:
+        pruned = round((1 - density) * scores.size)
+        mask[i:end] = select.top_k_mask([scores], scores.size - pruned)[0]
     if nm is not None and i % nm[1] == 0:
       scores = _saliency(w, upper, i, i + nm[1])
       mask[i : i + nm[1]] = choose(scores, None, ("nm", *nm))

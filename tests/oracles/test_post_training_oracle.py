@@ -163,6 +163,69 @@ class SparseGPTTest(parameterized.TestCase):
         kept = mask.reshape(16 // m, m, 5).sum(1)
         np.testing.assert_array_equal(kept, np.full(kept.shape, n))
 
+  @parameterized.product(
+    blocks=((1, 1), (2, 3), (4, 1), (4, 2), (8, 6)),
+    block=(16, 128, 8),
+    dead=((), (2, 9)),
+  )
+  def test_blocks(self, blocks, block, dead):
+    w, stats = small_layer(9, dead=dead)
+    bk, bn = blocks
+    for density in (0.0, 0.3, 0.5, 0.77, 1.0):
+      choice = dict(blocks=blocks, block=block)
+      new, mask = oracle.sparsegpt(w, stats.second, density, **choice)
+      direct = oracle.column_by_column_obs(w, stats.second, mask)
+      np.testing.assert_allclose(new, direct, rtol=1e-9, atol=1e-11)
+      whole = mask.reshape(16 // bk, bk, 6 // bn, bn).swapaxes(1, 2)
+      np.testing.assert_array_equal(whole.all((2, 3)), whole.any((2, 3)))
+      # The first strip is chosen by the weights as they come.
+      hessian, _ = oracle.damped(stats.second, 0.01)
+      upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+      strip = min(block, 16)
+      came = np.where(np.isin(np.arange(16), dead)[:, None], 0.0, w)[:strip]
+      scores = (came / upper.diagonal()[:strip, None]) ** 2
+      chosen = oracle.choose(scores, density, ("blocks", *blocks))
+      np.testing.assert_array_equal(mask[:strip], chosen)
+      for start in range(0, 16, strip):
+        number = strip // bk * (6 // bn)
+        self.assertEqual(
+          mask[start : start + strip].sum(), round(density * number) * bk * bn
+        )
+
+  def test_blocks_of_one_are_weights(self):
+    w, stats = small_layer(10)
+    for density in (0.25, 0.5, 0.75):
+      one = oracle.sparsegpt(w, stats.second, density, block=8)
+      two = oracle.sparsegpt(w, stats.second, density, blocks=(1, 1), block=8)
+      np.testing.assert_array_equal(one[0], two[0])
+
+  def test_blocks_by_hand(self):
+    # 2.5 blocks are 2. Two sums tie: the upper one is kept.
+    w = np.array([[3.0], [1.0], [2.0], [1.0], [2.0]])
+    _, mask = oracle.sparsegpt(w, np.eye(5), 0.5, blocks=(1, 1))
+    self.assertEqual(mask.astype(int).ravel().tolist(), [1, 0, 1, 0, 0])
+    # Two inputs that are almost the same: what the first strip loses comes to
+    # the second before that is chosen, and its first block is then the larger.
+    w = np.array([[1.0, 0.0, 3.0], [1.0, 1.5, 0.0]])
+    second = np.array([[1.0, 1.0], [1.0, 1.0 + 1e-9]])
+    options = dict(blocks=(1, 1), block=1, damping=0.0)
+    new, mask = oracle.sparsegpt(w, second, 1 / 3, **options)
+    self.assertEqual(mask.astype(int).tolist(), [[0, 0, 1], [1, 0, 0]])
+    np.testing.assert_allclose(new[1], [2.0, 0.0, 0.0], rtol=1e-6)
+
+  def test_blocks_that_do_not_fit_are_refused(self):
+    w, stats = small_layer(8)
+    for options in (
+      dict(density=0.5, blocks=(3, 1)),
+      dict(density=0.5, blocks=(2, 4)),
+      dict(density=0.5, blocks=(4, 2), block=6),
+      dict(blocks=(4, 2)),
+      dict(blocks=(4, 2), nm=(2, 4)),
+      dict(density=0.5, blocks=(4, 2), nm=(2, 4)),
+    ):
+      with self.assertRaises(ValueError):
+        oracle.sparsegpt(w, stats.second, **options)
+
   def test_ties_keep_the_lowest_index(self):
     ones = np.ones((4, 2))
     for choice in ({"density": 0.375}, {"nm": (1, 4)}):
