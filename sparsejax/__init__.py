@@ -13,11 +13,14 @@ exact top-k, also over a whole tree  | sparsejax.select.top_k_mask
 n:m, blocks, channels, fan-in        | sparsejax.select.NM, Block, ...
 ERK and other budgets                | sparsejax.select.erk, ...
 masks of other libraries' attention  | sparsejax.attention.formats
+mixtures of experts                  | sparsejax.routing.MoE
+routers, balancing, dispatchers      | sparsejax.routing.top_k, dropless, ...
 pictures of masks and attention      | sparsejax.plots
 """
 
 from sparsejax import attention
 from sparsejax import plots
+from sparsejax import routing
 from sparsejax import select
 from sparsejax import weights
 
