@@ -24,10 +24,13 @@ from sparsejax.weights.methods.nm import structure_decay
 from sparsejax.weights.methods.pruning import gradual_magnitude
 from sparsejax.weights.methods.pruning import static
 from sparsejax.weights.post_training import dsnot
+from sparsejax.weights.post_training import Made
 from sparsejax.weights.post_training import magnitude_pruning
 from sparsejax.weights.post_training import owl
 from sparsejax.weights.post_training import prune
+from sparsejax.weights.post_training import prune_layers
 from sparsejax.weights.post_training import Pruned
+from sparsejax.weights.post_training import put_layers
 from sparsejax.weights.post_training import reconstruction_error
 from sparsejax.weights.post_training import sparsegpt
 from sparsejax.weights.post_training import wanda

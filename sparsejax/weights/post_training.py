@@ -27,6 +27,35 @@ PyTree = Any
 Structure = structures_lib.Structure
 
 
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """How a kernel was pruned: the method's arguments.
+
+  A pytree of `rows`; all else is static.
+
+  Attributes:
+    method: the function's name.
+    density: as given; None where the structure or `start` says it.
+    structure: what was chosen; None where only a mask is known.
+    settings: the other arguments and their values.
+    rows: f32 scalar, how many rows the moments are of; None without moments.
+    start: how the mask was made that the method began with, where it is known.
+  """
+
+  method: str = dataclasses.field(metadata=_STATIC)
+  density: float | None = dataclasses.field(metadata=_STATIC)
+  structure: Structure | None = dataclasses.field(metadata=_STATIC)
+  settings: tuple[tuple[str, Any], ...] = dataclasses.field(
+    default=(), metadata=_STATIC
+  )
+  rows: Array | None = None
+  start: "Made | None" = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pruned:
@@ -35,10 +64,12 @@ class Pruned:
   Attributes:
     kernel: [inputs, outputs], +0.0 where it is pruned.
     mask: bool [inputs, outputs], True where it is kept.
+    made: how, or None from a method that does not say it.
   """
 
   kernel: Array
   mask: Array
+  made: Made | None = None
 
 
 def reconstruction_error(before: Array, after: Array, moments: Moments):
@@ -92,7 +123,9 @@ def magnitude_pruning(
   _kernel(kernel)
   structure = structure or structures_lib.Unstructured()
   _check_density(density, structure, kernel.shape)
-  return _masked(kernel, _choose(jnp.abs(_f32(kernel)), density, structure))
+  made = Made("magnitude_pruning", density, structure)
+  mask = _choose(jnp.abs(_f32(kernel)), density, structure)
+  return _masked(kernel, mask, made)
 
 
 def wanda(
@@ -131,9 +164,9 @@ def wanda(
   _kernel(kernel)
   structure = structure or structures_lib.ConstantFanIn()
   _check_density(density, structure, kernel.shape)
-  return _masked(
-    kernel, _choose(wanda_scores(kernel, moments), density, structure)
-  )
+  made = Made("wanda", density, structure, rows=moments.count)
+  mask = _choose(wanda_scores(kernel, moments), density, structure)
+  return _masked(kernel, mask, made)
 
 
 def wanda_scores(kernel: Array, moments: Moments) -> Array:
@@ -169,16 +202,17 @@ def sparsegpt(
     density: share of weights to keep, in [0, 1]; None for n:m.
     structure: `select.Unstructured()` (default), `ConstantFanIn` or `Block`,
       which are chosen in each block of inputs; or `NM`.
-    block: how many inputs are chosen among at once: whole groups of `NM`, whole
-      rows of `Block`.
+    block: how many inputs are chosen among at once (all, where there are
+      fewer): whole groups of `NM`, whole rows of `Block`.
     damping: what is added to the Hessian's diagonal, as a share of its mean.
 
   Returns:
     Pruned. Where the Hessian cannot be inverted (damping too small), the kernel
-    is NaN; `jnp.isfinite` tells.
+    is NaN; `jnp.isfinite` tells, and `prune` says which layer it is.
 
   Raises:
-    ValueError: for arguments that do not fit each other.
+    ValueError: for arguments that do not fit each other, and outside of `jit`
+      for a damping of 0 with fewer rows than inputs.
 
   Example:
     >>> from sparsejax.capture import Moments
@@ -194,7 +228,7 @@ def sparsegpt(
   _kernel(kernel)
   structure = structure or structures_lib.Unstructured()
   together = _inputs_together(structure)
-  if block < 1 or block % together:
+  if block < 1 or min(block, kernel.shape[0]) % together:
     raise ValueError(
       f"block must be a positive multiple of {together} for {structure}, got "
       f"{block}"
@@ -204,8 +238,13 @@ def sparsegpt(
   structure.check(kernel.shape, structures_lib.Axes())
   inputs, outputs = kernel.shape
   _check_density(density, structure, (min(block, inputs), outputs))
-  return _sparsegpt(
-    kernel, _table(kernel, moments), density, structure, block, damping
+  second = _table(kernel, moments)
+  if not damping:
+    _check_rank(moments)
+  w, mask = _sparsegpt(kernel, second, density, structure, block, damping)
+  settings = (("block", block), ("damping", damping))
+  return Pruned(
+    w, mask, Made("sparsegpt", density, structure, settings, moments.count)
   )
 
 
@@ -249,7 +288,7 @@ def _sparsegpt(kernel, second, density, structure, block, damping):
   if inputs % block:
     carry = of_block(whole * block, inputs % block, carry)
   w, mask = carry
-  return Pruned(jnp.where(mask, w, 0).astype(kernel.dtype), mask)
+  return jnp.where(mask, w, 0).astype(kernel.dtype), mask
 
 
 def _prune_block(w, upper, diagonal, density, structure):
@@ -282,6 +321,16 @@ def _prune_block(w, upper, diagonal, density, structure):
   return lax.fori_loop(0, w.shape[0], step, carry)
 
 
+def _check_rank(moments):
+  """An error where the Hessian is singular: its rank is the rows at most."""
+  rows, alive = moments.count, (jnp.diagonal(moments.second) != 0).sum()
+  if _known_false(rows >= alive):
+    raise ValueError(
+      f"damping must be above 0 where rows are fewer than the {alive} inputs "
+      f"that are not always 0, got 0 and {int(rows)} rows"
+    )
+
+
 def _is_nm_of_inputs(structure):
   """Whether it is chosen group by group, as the groups' first inputs come."""
   return (
@@ -309,7 +358,7 @@ def _inputs_together(structure):
 def dsnot(
   kernel: Array,
   moments: Moments,
-  mask: Array,
+  mask: Array | Pruned,
   *,
   cycles: int = 50,
   threshold: float = 5e-5,
@@ -334,17 +383,21 @@ def dsnot(
   Args:
     kernel: floating [inputs, outputs], before it was pruned.
     moments: of the layer's inputs.
-    mask: bool, of the kernel's shape: where to begin.
+    mask: where to begin: bool, of the kernel's shape, or a `Pruned`, whose
+      structure is then kept.
     cycles: swaps of an output at most.
     threshold: the error that is small enough.
     power: of the variance.
-    group: None, or m where the mask is n:m: swaps stay within a group.
+    group: None, or m where the mask is n:m: swaps stay within a group. Of a
+      `Pruned` it is known.
 
   Returns:
     Pruned.
 
   Raises:
-    ValueError: for arguments that do not fit each other.
+    ValueError: for arguments that do not fit each other, and for a `Pruned` of
+      blocks, channels or n:m of outputs: swaps are of single weights within an
+      output, which would cut these up.
 
   Example:
     >>> from sparsejax.capture import Moments
@@ -358,17 +411,46 @@ def dsnot(
   Sparse LLMs, algorithm 1.
   """
   _fits(kernel, moments)
+  start, structure = None, None
+  if isinstance(mask, Pruned):
+    start, mask = mask.made, mask.mask
+  if start is not None:
+    structure = start.structure
+    group = _group_of(structure, group)
   if mask.shape != kernel.shape or mask.dtype != bool:
     raise ValueError(
       f"mask must be bool{list(kernel.shape)}, got {mask.dtype}"
       f"{list(mask.shape)}"
     )
+  settings = tuple(
+    dict(cycles=cycles, threshold=threshold, power=power, group=group).items()
+  )
   group = kernel.shape[0] if group is None else group
   if group < 1 or kernel.shape[0] % group:
     raise ValueError(
       f"group must divide the {kernel.shape[0]} inputs, got {group}"
     )
-  return _dsnot(kernel, moments, mask, cycles, threshold, power, group)
+  mask = _dsnot(kernel, moments, mask, cycles, threshold, power, group)
+  density = None if start is None else start.density
+  made = Made("dsnot", density, structure, settings, moments.count, start)
+  return _masked(kernel, mask, made)
+
+
+def _group_of(structure, group):
+  """The group of inputs within which swaps keep the structure; None for all."""
+  single = structures_lib.Unstructured | structures_lib.ConstantFanIn
+  if structure is None or isinstance(structure, single):
+    return group
+  if not _is_nm_of_inputs(structure):
+    raise ValueError(
+      "mask must be of Unstructured, ConstantFanIn or n:m of inputs, for swaps "
+      f"of single weights, got {structure}"
+    )
+  if group not in (None, structure.m):
+    raise ValueError(
+      f"group must be {structure.m} for {structure}, got {group}"
+    )
+  return structure.m
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -405,7 +487,7 @@ def _dsnot(kernel, moments, mask, cycles, threshold, power, group):
   mask, *_ = lax.while_loop(
     lambda carry: carry[3].any() & (carry[4] < cycles), cycle, start
   )
-  return _masked(kernel, mask)
+  return mask
 
 
 def owl(
@@ -470,6 +552,8 @@ def prune(
 ) -> tuple[PyTree, PyTree]:
   """Applies a method to each layer that there are moments of.
 
+  It is `put_layers` of `prune_layers`, which also say how layers were made.
+
   Args:
     params: the parameters.
     moments: by the kernel's name, as `capture.moments` gives them.
@@ -482,7 +566,7 @@ def prune(
     chosen), for `keep_masked`.
 
   Raises:
-    ValueError: naming the parameter.
+    ValueError: see `prune_layers`.
 
   Example:
     >>> from sparsejax.capture import Moments
@@ -493,8 +577,49 @@ def prune(
     >>> pruned["kernel"].tolist(), masks["bias"].tolist()
     ([[0.0], [1.0]], [True])
   """
-  leaves, rebuild = paths.named(params)
-  masks = {name: jnp.ones(jnp.shape(x), bool) for name, x in leaves.items()}
+  return put_layers(params, prune_layers(params, moments, method, densities))
+
+
+def prune_layers(
+  params: PyTree,
+  moments: Mapping[str, Moments],
+  method: Callable[..., Pruned],
+  densities: Mapping[str, float] | None = None,
+) -> dict[str, Pruned]:
+  """What `prune` makes of each layer, and how it was made.
+
+  Args:
+    params: the parameters.
+    moments: by the kernel's name, as `capture.moments` gives them.
+    method: function of a kernel [inputs, outputs] and its moments.
+    densities: None, or by the kernel's name what `method` takes as `density`.
+
+  Returns:
+    By the kernel's name a `Pruned` of the kernel's own shape.
+
+  Raises:
+    ValueError: naming the parameter: for arguments that do not fit, moments of
+      no rows, and for NaN or infinity in a kernel, in its moments, or in what
+      the method makes of them (SparseGPT does of a Hessian that cannot be
+      inverted). Under `jit` values cannot be looked at: there NaN goes on.
+
+  Example:
+    >>> from sparsejax.capture import Moments
+    >>> params = {"kernel": jnp.array([[4.0], [1.0]])}
+    >>> moments = {"kernel": Moments.zeros(2).add(jnp.array([[1.0, 10.0]]))}
+    >>> method = functools.partial(weights.wanda, density=0.5)
+    >>> layers = weights.prune_layers(params, moments, method)
+    >>> made = layers["kernel"].made
+    >>> made.method, made.density, made.structure, made.rows.item()
+    ('wanda', 0.5, ConstantFanIn(ablate=0.0), 1.0)
+  """
+  leaves, _ = paths.named(params)
+  if densities is not None and set(densities) != set(moments):
+    raise ValueError(
+      f"densities must be of {sorted(moments)}, as moments are, got those of "
+      f"{sorted(densities)}"
+    )
+  layers = {}
   for name, of_layer in moments.items():
     if name not in leaves:
       raise ValueError(
@@ -504,13 +629,70 @@ def prune(
     kernel = leaves[name]
     given = {} if densities is None else {"density": densities[name]}
     try:
-      flat = kernel.reshape(of_layer.mean.shape[0], -1)
-      pruned = method(flat, of_layer, **given)
+      layers[name] = _prune_layer(kernel, of_layer, method, given)
     except (TypeError, ValueError) as error:
       raise ValueError(f"{name}: {error}") from error
-    leaves[name] = pruned.kernel.reshape(kernel.shape)
-    masks[name] = pruned.mask.reshape(kernel.shape)
+  return layers
+
+
+def _prune_layer(kernel, moments, method, given):
+  inputs = moments.mean.shape[0]
+  if _known_false(moments.count > 0):
+    raise ValueError(f"moments must be of rows, got {moments.count}")
+  for what, value in (("kernel", kernel), ("moments", moments)):
+    if _known_false(_all_finite(value)):
+      raise ValueError(f"{what} must be finite, got NaN or infinity")
+  pruned = method(kernel.reshape(inputs, -1), moments, **given)
+  if _known_false(_all_finite(pruned.kernel)):
+    raise ValueError(
+      f"the method made NaN or infinity of it, from {int(moments.count)} rows "
+      f"for {inputs} inputs; more rows to calibrate on, or more damping, make "
+      "the Hessian one that can be inverted"
+    )
+  return dataclasses.replace(
+    pruned,
+    kernel=pruned.kernel.reshape(kernel.shape),
+    mask=pruned.mask.reshape(kernel.shape),
+  )
+
+
+def put_layers(
+  params: PyTree, layers: Mapping[str, Pruned]
+) -> tuple[PyTree, PyTree]:
+  """The parameters with pruned layers, and masks of them all.
+
+  Args:
+    params: the parameters.
+    layers: as `prune_layers` gives them.
+
+  Returns:
+    As `prune` does.
+
+  Raises:
+    ValueError: naming the layer that is not of the parameters.
+
+  Example:
+    >>> params = {"kernel": jnp.array([[4.0], [1.0]])}
+    >>> layer = weights.magnitude_pruning(params["kernel"], 0.5)
+    >>> weights.put_layers(params, {"kernel": layer})[0]["kernel"].tolist()
+    [[4.0], [0.0]]
+  """
+  leaves, rebuild = paths.named(params)
+  masks = {name: jnp.ones(jnp.shape(x), bool) for name, x in leaves.items()}
+  for name, layer in layers.items():
+    if name not in leaves or leaves[name].shape != layer.kernel.shape:
+      raise ValueError(
+        f"layers must be of the parameters, got {name!r} of "
+        f"{list(layer.kernel.shape)}; there are "
+        f"{ {n: list(jnp.shape(x)) for n, x in leaves.items()} }"
+      )
+    leaves[name], masks[name] = layer.kernel, layer.mask
   return rebuild(leaves), rebuild(masks)
+
+
+@jax.jit
+def _all_finite(tree):
+  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _f32(x):
@@ -520,6 +702,11 @@ def _f32(x):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _choose(scores, density, structure):
   return structure.mask(scores, density)
+
+
+def _known_false(truth):
+  """Under jit nothing is known."""
+  return not isinstance(truth, jax.core.Tracer) and not truth
 
 
 def _check_density(density, structure, shape):
@@ -540,8 +727,8 @@ def _check_density(density, structure, shape):
     )
 
 
-def _masked(kernel, mask):
-  return Pruned(jnp.where(mask, kernel, 0), mask)
+def _masked(kernel, mask, made):
+  return Pruned(jnp.where(mask, kernel, 0), mask, made)
 
 
 def _kernel(kernel):

@@ -4,6 +4,7 @@ The oracle's numbers are of f64; choices are compared where no two scores are
 closer than f32 can tell.
 """
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -141,30 +142,17 @@ def test_sparsegpt_of_n_of_m(n, m):
   assert (mask.reshape(-1, m, N).sum(1) == n).all()
 
 
-BLOCKS = [((2, 5), 8), ((4, 2), 16), ((8, 1), 128)]
-
-
-@pytest.mark.parametrize("shape, block", BLOCKS)
+@pytest.mark.parametrize(
+  "shape, block", [((2, 5), 8), ((4, 2), 16), ((3, 1), 128)]
+)
 def test_sparsegpt_of_blocks(shape, block):
-  """Chosen in each strip by the scores that weights have when it comes."""
-  w, moments, _ = layer(dead=(5,))
+  w, moments, statistics = layer(dead=(5,))
   structure = select.Block(shape)
   got = weights.sparsegpt(w, moments, 0.4, structure, block=block)
-  mask = np.asarray(got.mask)
-  hessian, _ = oracle.damped(moments.second, 0.01)
-  diagonal = np.linalg.cholesky(np.linalg.inv(hessian)).diagonal()
-  for at in range(0, K, block):
-    strip = slice(at, at + block)
-    # What OBS leaves of the strip once all before it is pruned.
-    now = oracle.column_by_column_obs(
-      w, moments.second, np.where(np.arange(K)[:, None] < at, mask, True)
-    )
-    scores = (now / diagonal[:, None])[strip] ** 2
-    np.testing.assert_array_equal(
-      mask[strip], oracle.choose(scores, 0.4, ("blocks", *shape))
-    )
-  want = oracle.column_by_column_obs(w, moments.second, mask)
-  np.testing.assert_allclose(got.kernel, want, rtol=2e-3, atol=2e-3)
+  options = dict(blocks=shape, block=block)
+  new, mask = oracle.sparsegpt(w, statistics.second, 0.4, **options)
+  np.testing.assert_array_equal(got.mask, mask)
+  np.testing.assert_allclose(got.kernel, new, rtol=2e-3, atol=2e-3)
 
 
 def test_blocks_of_one_weight_are_unstructured():
@@ -315,6 +303,105 @@ def test_a_model_and_training_from_its_masks():
     assert abs(float(mask.mean()) - density) < 0.1
 
 
+def test_a_result_says_how_it_was_made():
+  w, moments, _ = layer()
+  magnitude = weights.magnitude_pruning(w, 0.4)
+  assert magnitude.made == weights.Made(
+    "magnitude_pruning", 0.4, select.Unstructured()
+  )
+  start = weights.wanda(w, moments, None, select.NM(2, 4))
+  assert (start.made.method, start.made.density) == ("wanda", None)
+  assert start.made.structure == select.NM(2, 4) and start.made.rows == ROWS
+  swapped = weights.dsnot(w, moments, start, threshold=0.05)
+  assert dict(swapped.made.settings) == {
+    "cycles": 50, "threshold": 0.05, "power": 1.0, "group": 4
+  }  # fmt: skip
+  assert swapped.made.start is start.made
+  again = weights.dsnot(w, moments, swapped, threshold=0.05)
+  assert again.made.start is swapped.made
+  assert again.made.structure == select.NM(2, 4)
+  np.testing.assert_array_equal(
+    swapped.mask,
+    weights.dsnot(w, moments, start.mask, group=4, threshold=0.05).mask,
+  )
+  gpt = weights.sparsegpt(w, moments, 0.4, block=8)
+  assert gpt.made.settings == (("block", 8), ("damping", 0.01))
+  # What was made alike is one type of pytree, so jit compiles once for it.
+  other = weights.sparsegpt(2 * w, moments.add(jnp.ones((1, K))), 0.4, block=8)
+  assert jax.tree.structure(gpt) == jax.tree.structure(other)
+  assert other.made.rows == ROWS + 1
+  run = jax.jit(lambda w, m: weights.sparsegpt(w, m, 0.4, block=8))
+  traced = run(w, moments)
+  assert jax.tree.structure(gpt) == jax.tree.structure(traced)
+  assert traced.made.rows == ROWS
+  several = jax.vmap(lambda w: weights.wanda(w, moments, 0.5))(w[None])
+  assert several.made.rows.shape == (1,)
+
+
+def test_layers_by_name_and_what_prune_makes_of_them():
+  w, moments, _ = layer()
+  params = {"a": w.reshape(K, 5, 2), "b": jnp.ones(3)}
+  densities = {"a": 0.5}
+  layers = weights.prune_layers(
+    params, {"a": moments}, weights.wanda, densities
+  )
+  assert layers["a"].kernel.shape == layers["a"].mask.shape == (K, 5, 2)
+  assert layers["a"].made.density == 0.5 and layers["a"].made.rows == ROWS
+  put = weights.put_layers(params, layers)
+  pruned = weights.prune(params, {"a": moments}, weights.wanda, densities)
+  for got, want in zip(jax.tree.leaves(put), jax.tree.leaves(pruned)):
+    np.testing.assert_array_equal(got, want)
+
+
+def bad(moments, **changes):
+  return {"a": dataclasses.replace(moments, **changes)}
+
+
+def test_what_prune_cannot_calibrate_by():
+  w, moments, _ = layer()
+  params = {"a": jnp.asarray(w)}
+  gpt = functools.partial(weights.sparsegpt, density=0.5)
+  undamped = functools.partial(gpt, damping=0.0)
+  few = capture.Moments.zeros(K).add(jnp.ones((3, K)))
+  # Of rank one, though of rows enough.
+  flat = bad(moments, second=jnp.ones((K, K)))
+  for match, call in (
+    ("a: moments must be finite", lambda: weights.prune(
+      params, bad(moments, mean=moments.mean.at[2].set(jnp.nan)), gpt)),
+    ("a: moments must be finite", lambda: weights.prune(
+      params, bad(moments, second=moments.second / 0), gpt)),
+    ("a: kernel must be finite", lambda: weights.prune(
+      {"a": params["a"].at[1, 2].set(jnp.inf)}, {"a": moments}, gpt)),
+    ("a: moments must be of rows, got 0", lambda: weights.prune(
+      params, {"a": capture.Moments.zeros(K)}, gpt)),
+    ("a: damping .* got 0 and 3 rows", lambda: weights.prune(
+      params, {"a": few}, undamped)),
+    ("a: .* NaN .* 64 rows for 24 inputs", lambda: weights.prune(
+      params, flat, undamped)),
+    ("densities must be of", lambda: weights.prune(
+      params, {"a": moments}, weights.wanda, {"b": 0.5})),
+    ("layers must be of the parameters, got 'b'", lambda: weights.put_layers(
+      params, {"b": weights.magnitude_pruning(w, 0.5)})),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+      call()
+  # Few rows are no error where there is damping, nor what cannot be seen.
+  weights.prune(params, {"a": few}, gpt)
+  masks = jax.jit(lambda m: weights.prune(params, m, undamped))(flat)[0]
+  assert not np.isfinite(masks["a"]).all()
+
+
+@pytest.mark.parametrize(
+  "structure", [select.Block((4, 2)), select.Channel(), select.NM(1, 2, axis=1)]
+)
+def test_dsnot_does_not_cut_up_what_is_whole(structure):
+  w, moments, _ = layer()
+  density = None if isinstance(structure, select.NM) else 0.5
+  start = weights.magnitude_pruning(w, density, structure)
+  with pytest.raises(ValueError, match="mask must be of Unstructured"):
+    weights.dsnot(w, moments, start)
+
+
 def test_errors():
   w, moments, _ = layer()
   flat = capture.Moments(moments.count, moments.mean, moments.squares, None)
@@ -345,6 +432,8 @@ def test_errors():
     ("damping", lambda: weights.sparsegpt(w, moments, 0.5, damping=-1.0)),
     ("mask", lambda: weights.dsnot(w, moments, jnp.ones((K, N)))),
     ("group", lambda: weights.dsnot(w, moments, w > 0, group=5)),
+    ("group must be 4", lambda: weights.dsnot(
+      w, moments, weights.wanda(w, moments, None, select.NM(2, 4)), group=8)),
     ("spread", lambda: weights.owl(
       dict(a=jnp.array([1.0] * 9 + [99.0]), b=jnp.ones(10)), 0.9, spread=0.5)),
     ("moments must be of parameters", lambda: weights.prune(
