@@ -44,6 +44,11 @@ from sparsejax.weights.scores import passed_gradient
 from sparsejax.weights.scores import random
 from sparsejax.weights.scores import Score
 from sparsejax.weights.scores import Seen
+from sparsejax.weights.slicing import rotation
+from sparsejax.weights.slicing import slice_inputs
+from sparsejax.weights.slicing import slice_outputs
+from sparsejax.weights.slicing import slice_residual
+from sparsejax.weights.slicing import slice_width
 from sparsejax.weights.summaries import sad
 from sparsejax.weights.summaries import Summary
 from sparsejax.weights.summaries import summary
