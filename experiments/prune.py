@@ -2,15 +2,20 @@
 
   python -m experiments.prune --method=wanda --sparsity=0.6 --workdir=runs/prune
 
-Each method is run at each sparsity with several calibration sets. A block of
-the model is calibrated on what the blocks before it give once they are pruned.
-Two figures on functions of Python's standard library, none of which calibrated:
+Each method is run at each sparsity of each structure with several calibration
+sets. A block of the model is calibrated on what the blocks before it give once
+they are pruned. Three figures:
 
-- retrieval: how often a docstring is nearest to its own signature;
+- error: the mean reconstruction error of the layers;
+- retrieval: how often a docstring of Python's standard library is nearest to
+  its own signature;
 - fidelity: the mean cosine between embeddings of the pruned and dense model.
+
+No text calibrates and evaluates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,6 +25,8 @@ from typing import Any
 from absl import app
 from absl import flags
 from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -31,12 +38,18 @@ from sparsejax import capture
 from sparsejax import select
 from sparsejax import weights
 
-BATCH = 16
+ROWS = 32  # texts of a batch
+# Lengths are rounded up to whole steps: fewer shapes to compile.
+STEP = 8
 STRUCTURES = {
-  "unstructured": None,
+  "unstructured": None,  # the method's own: of a layer, an output or a block
   "2:4": select.NM(2, 4),
   "4:8": select.NM(4, 8),
+  "block16": select.Block((16, 16)),
+  "block32": select.Block((32, 32)),
 }
+
+Point = tuple[str, float]  # a structure and a sparsity
 
 
 def magnitude(kernel, moments, density, structure):
@@ -46,8 +59,7 @@ def magnitude(kernel, moments, density, structure):
 
 def dsnot(kernel, moments, density, structure):
   start = weights.wanda(kernel, moments, density, structure)
-  group = None if structure is None else structure.m
-  return weights.dsnot(kernel, moments, start.mask, group=group)
+  return weights.dsnot(kernel, moments, start)
 
 
 METHODS = {
@@ -55,42 +67,217 @@ METHODS = {
   "wanda": weights.wanda,
   "dsnot": dsnot,
   "sparsegpt": weights.sparsegpt,
+  "owl": weights.wanda,  # at densities of its own, a block each
 }
+DEFAULT = ["magnitude", "wanda", "dsnot", "sparsegpt"]
 
 
-def call(model, batch):
-  """Embeddings of a batch of tokens."""
-  return bert.mean_embedding(model(*batch), batch[1])
+def points(structures: Iterable[str], sparsities: Sequence[float]) -> list:
+  """Each structure at those of the sparsities that it can have.
+
+  Raises:
+    ValueError: a structure can have none, or a sparsity is no share.
+
+  >>> points(["unstructured", "2:4"], [0.5, 0.6])
+  [('unstructured', 0.5), ('unstructured', 0.6), ('2:4', 0.5)]
+  """
+  found = []
+  for sparsity in sparsities:
+    if not 0 < sparsity < 1:
+      raise ValueError(f"sparsity must lie between 0 and 1, got {sparsity}")
+  for name in dict.fromkeys(structures):
+    structure, fit = STRUCTURES[name], list(dict.fromkeys(sparsities))
+    if isinstance(structure, select.NM):
+      own = 1 - structure.n / structure.m
+      fit = [s for s in fit if s == own]
+      if not fit:
+        raise ValueError(
+          f"sparsity must have {own} for the structure {name}, got "
+          f"{', '.join(map(str, sparsities))}"
+        )
+    found += [(name, sparsity) for sparsity in fit]
+  return found
+
+
+def check(names: Iterable[str], points: Iterable[Point]) -> None:
+  """Raises ValueError where a method cannot prune by a structure."""
+  wrong = {
+    "dsnot": (select.Block, "swaps single weights"),
+    "owl": (select.NM, "gives blocks of the model densities of their own"),
+  }
+  for name in set(names) & set(wrong):
+    kind, reason = wrong[name]
+    for structure, _ in points:
+      if isinstance(STRUCTURES[structure], kind):
+        raise ValueError(
+          f"structure must not be {structure} for the method {name}, which "
+          f"{reason}"
+        )
+
+
+def digest(parts: Iterable[bytes]) -> str:
+  """What tells one set of texts from another."""
+  found = hashlib.sha256()
+  for part in parts:
+    found.update(hashlib.sha256(part).digest())
+  return found.hexdigest()[:12]
 
 
 # Functions of the module, so that all runs share what is compiled of them.
-_embed = nnx.jit(call)
 
 
-def valid(batch):
-  return batch[1]
+def through(block, batch):
+  """What a block gives for a batch of (x, *others)."""
+  return block(*batch)
 
 
-@functools.cache
-def in_block(number: int) -> Callable[[str], bool]:
-  return lambda name: name.startswith(f"blocks/{number}/")
+_through = nnx.jit(through)
+_error = jax.jit(weights.reconstruction_error)
 
 
-def embed(model, batches) -> np.ndarray:
-  """Embeddings of all texts."""
-  return np.concatenate([np.asarray(_embed(model, batch)) for batch in batches])
+def advance(block, batches) -> list[tuple]:
+  """What the next block reads."""
+  return [(_through(block, batch), *batch[1:]) for batch in batches]
 
 
-def batches_of(tokenizer, texts, length: int) -> list:
-  """Tokens and which of them are valid, in batches of equal shape."""
-  tokenizer.enable_truncation(length)
-  tokens, valid = pretrained.encode(tokenizer, texts, length=length)
-  rows = -(-len(texts) // BATCH) * BATCH - len(texts)
-  tokens, valid = (np.pad(x, [(0, rows), (0, 0)]) for x in (tokens, valid))
+def prune_blocks(
+  blocks: Sequence[nnx.Module],
+  batches: list[tuple],
+  methods: Sequence[Callable],
+  valid: Callable | None = None,
+  bar: tqdm.tqdm | None = None,
+) -> tuple[list[Any], float]:
+  """Prunes blocks in place, each on what those before it give by now.
+
+  Args:
+    blocks: modules of one kind, which take (x, *others) and return x.
+    batches: what the first of them takes, batch by batch.
+    methods: as `weights.prune` takes it, one for each block.
+    valid: as `capture.moments` takes it.
+    bar: is moved by one for each block.
+
+  Returns:
+    The masks of each block's parameters, and the mean reconstruction error of
+    the layers.
+  """
+  masks, errors = [], []
+  for block, method in zip(blocks, methods, strict=True):
+    moments = capture.moments(through, block, batches, valid=valid)
+    before = nnx.state(block, nnx.Param)
+    after, mask = weights.prune(before, moments, method)
+    old, new = kernels(before), kernels(after)
+    errors += [_error(old[name], new[name], moments[name]) for name in moments]
+    masks.append(nnx.to_pure_dict(mask))
+    nnx.update(block, after)
+    batches = advance(block, batches)
+    if bar is not None:
+      bar.update()
+  return masks, float(np.mean(errors))
+
+
+def kernels(state) -> dict[str, jax.Array]:
+  """The arrays of a state by name."""
+  return {
+    "/".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(state)
+  }
+
+
+def methods_of(
+  name: str,
+  point: Point,
+  blocks: Sequence[nnx.Module],
+  batches: list[tuple],
+  valid: Callable | None = None,
+) -> list[Callable]:
+  """What each block is pruned with; OWL looks at the dense model first."""
+  structure, sparsity = point
+  chosen = STRUCTURES[structure]
+  density = None if isinstance(chosen, select.NM) else 1 - sparsity
+  densities = [density] * len(blocks)
+  if name == "owl":
+    densities = owl_densities(blocks, batches, density, valid)
   return [
-    (tokens[i : i + BATCH], valid[i : i + BATCH])
-    for i in range(0, len(tokens), BATCH)
+    functools.partial(METHODS[name], density=density, structure=chosen)
+    for density in densities
   ]
+
+
+def owl_densities(blocks, batches, density, valid=None) -> list[float]:
+  """Densities of blocks by the Wanda scores of all their weights."""
+  scores = {}
+  for number, block in enumerate(blocks):
+    moments = capture.moments(
+      through, block, batches, valid=valid, second=False
+    )
+    kernel = kernels(nnx.state(block, nnx.Param))
+    scores[str(number)] = jnp.concatenate([
+      weights.wanda_scores(kernel[name], moments[name]).ravel()
+      for name in moments
+    ])  # fmt: skip
+    batches = advance(block, batches)
+  return list(weights.owl(scores, density).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """Tokens and which of them are valid, in batches of texts of like length.
+
+  Attributes:
+    batches: (tokens, valid), int32 and bool [rows, length].
+    order: which text each row is, over all batches; rows beyond are padding.
+  """
+
+  batches: list[tuple[np.ndarray, np.ndarray]]
+  order: np.ndarray
+
+
+def batches_of(tokenizer, texts: Sequence[str], length: int) -> Texts:
+  """Texts, cut to `length` tokens."""
+  tokenizer.enable_truncation(length)
+  tokens, valid = pretrained.encode(tokenizer, texts)
+  order = np.argsort(valid.sum(1), kind="stable")
+  batches = []
+  for begin in range(0, len(order), ROWS):
+    rows = order[begin : begin + ROWS]
+    longest = valid[rows].sum(1).max()
+    # Not beyond `length`: the model may have learned no more positions.
+    wide = min(-(-longest // STEP) * STEP, length)
+    pad = [(0, ROWS - len(rows)), (0, max(0, wide - tokens.shape[1]))]
+    batches.append(tuple(np.pad(x[rows, :wide], pad) for x in (tokens, valid)))
+  return Texts(batches, order)
+
+
+@nnx.jit
+def _embed(model, tokens, valid):
+  return bert.mean_embedding(model(tokens, valid), valid)
+
+
+def embed(model: bert.Bert, texts: Texts) -> np.ndarray:
+  """Embeddings of all texts [texts, width]."""
+  rows = np.concatenate([_embed(model, *batch) for batch in texts.batches])
+  found = np.empty((len(texts.order), rows.shape[1]), rows.dtype)
+  found[texts.order] = rows[: len(texts.order)]
+  return found
+
+
+@nnx.jit
+def _run(model, tokens, valid):
+  return model(tokens, valid)
+
+
+def first_inputs(model: bert.Bert, texts: Texts) -> list[tuple]:
+  """What the first block reads: hidden states, and the mask of attention."""
+  embeds = nnx.clone(model)
+  embeds.blocks = nnx.List([])
+  return [
+    (_run(embeds, tokens, valid), valid[:, None, None, :])
+    for tokens, valid in texts.batches
+  ]
+
+
+def valid_rows(batch):
+  """Which of the hidden states are no padding."""
+  return batch[1][:, 0, 0, :]
 
 
 def retrieval(signatures: np.ndarray, texts: np.ndarray) -> float:
@@ -99,127 +286,153 @@ def retrieval(signatures: np.ndarray, texts: np.ndarray) -> float:
   return float((nearest == np.arange(len(texts))).mean())
 
 
-def prune_in_order(
-  model: bert.Bert, batches, method: Callable, bar: tqdm.tqdm | None = None
-) -> tuple[bert.Bert, float]:
-  """A pruned copy, and the mean reconstruction error of its layers."""
-  graph, params = nnx.split(nnx.clone(model))
-  errors = []
-  for number in range(len(model.blocks)):
-    moments = capture.moments(
-      call,
-      nnx.merge(graph, params),
-      batches,
-      where=in_block(number),
-      valid=valid,
-    )
-    before = params
-    params, _ = weights.prune(params, moments, method)
-    errors += [
-      float(weights.reconstruction_error(old, new, moments[name]))
-      for name, old, new in changed(before, params, moments)
-    ]
-    if bar is not None:
-      bar.update()
-  return nnx.merge(graph, params), float(np.mean(errors))
+class Measured:
+  """A dense encoder, texts to calibrate and to evaluate it, and their names.
+
+  Attributes:
+    about: what the figures are of.
+    dense: figures of the dense model.
+  """
+
+  def __init__(
+    self,
+    source: str,
+    *,
+    seeds: int,
+    calibration: int = 128,
+    evaluation: int = 512,
+    length: int = 64,
+  ):
+    """Reads the model and the texts.
+
+    Args:
+      source: as `pretrained.load` takes it.
+      seeds: how many calibration sets.
+      calibration: docstrings in each.
+      evaluation: pairs, the same for all seeds.
+      length: of a text in tokens, at most.
+
+    Raises:
+      ValueError: the model is no encoder, or there are not enough pairs.
+    """
+    self.model, tokenizer, _ = pretrained.load(source)
+    if not isinstance(self.model, bert.Bert):
+      raise ValueError(f"model must be an encoder (BERT), got {source!r}")
+    pairs = docstrings.load()
+    pick = lambda texts, chosen: [texts[i] for i in chosen]
+    self.sets, hashes = [], {}
+    for seed in range(seeds):
+      chosen, held = docstrings.split(
+        pairs, calibration=calibration, evaluation=evaluation, seed=seed
+      )
+      texts = pick(pairs.docstrings, chosen)
+      hashes[seed] = digest(text.encode() for text in texts)
+      self.sets.append(
+        first_inputs(self.model, batches_of(tokenizer, texts, length))
+      )
+    sides = [pick(x, held) for x in (pairs.signatures, pairs.docstrings)]
+    self._sides = [batches_of(tokenizer, texts, length) for texts in sides]
+    self._dense = self._embeddings(self.model)
+    self.dense = {"retrieval": retrieval(*self._dense), "fidelity": 1.0}
+    self._found = {}
+    of = digest(text.encode() for side in sides for text in side)
+    self.about = {
+      "model": source,
+      "text": pairs.source,
+      "split": f"{evaluation} pairs ({of}) evaluate all seeds, "
+      f"{calibration} docstrings of others calibrate each",
+      "context": f"{length} tokens at most",
+      "calibration": hashes,
+    }
+
+  def _embeddings(self, model):
+    return [embed(model, side) for side in self._sides]
+
+  def row(self, name: str, point: Point, seed: int, bar=None) -> dict:
+    """Figures of a method, pruned at a point with a calibration set."""
+    model, batches = nnx.clone(self.model), self.sets[seed]
+    methods = methods_of(name, point, model.blocks, batches, valid_rows)
+    _, error = prune_blocks(model.blocks, batches, methods, valid_rows, bar)
+    # Magnitudes see no text: the model is the same with all sets.
+    at = (name, point, 0 if name == "magnitude" else seed)
+    if at not in self._found:
+      signatures, texts = self._embeddings(model)
+      self._found[at] = {
+        "retrieval": retrieval(signatures, texts),
+        "fidelity": float((texts * self._dense[1]).sum(1).mean()),
+      }
+    return {
+      "method": name,
+      "structure": point[0],
+      "sparsity": point[1],
+      "seed": seed,
+      "calibration": self.about["calibration"][seed],
+      "error": error,
+    } | self._found[at]
 
 
-def changed(before, after, moments) -> Iterator[tuple[str, Any, Any]]:
-  """Kernels before and after, by the names that there are moments of."""
-  named = lambda tree: {
-    "/".join(map(str, path)): x[...]
-    for path, x in nnx.to_flat_state(tree)
-  }  # fmt: skip
-  old, new = named(before), named(after)
-  return ((name, old[name], new[name]) for name in moments)
+def run(measured, names: Sequence[str], points: Sequence[Point]) -> dict:
+  """All rows of a table, with a progress bar.
 
-
-def measure(
-  source: str,
-  names: list[str],
-  sparsities: list[float],
-  structure: str,
-  seeds: int,
-  calibration: int,
-  evaluation: int,
-  length: int,
-) -> dict[str, Any]:
-  """Rows of a table, and what they are figures of."""
-  model, tokenizer, _ = pretrained.load(source)
-  if not isinstance(model, bert.Bert):
-    raise ValueError(f"model must be an encoder (BERT), got {source!r}")
-  pairs = docstrings.load()
-  pick = lambda texts, chosen: [texts[i] for i in chosen]
-  _, held = docstrings.split(
-    pairs, calibration=calibration, evaluation=evaluation, seed=0
-  )
-  sides = [
-    batches_of(tokenizer, pick(texts, held), length)
-    for texts in (pairs.signatures, pairs.docstrings)
+  Args:
+    measured: a `Measured`, or what has its attributes.
+    names: of methods.
+    points: where each is run.
+  """
+  check(names, points)
+  runs = [
+    (name, point, seed)
+    for name in names
+    for point in points
+    for seed in range(len(measured.sets))
   ]
-  dense = [embed(model, side)[:evaluation] for side in sides]
-  rows, sets = [], []
-  for seed in range(seeds):
-    chosen, _ = docstrings.split(
-      pairs, calibration=calibration, evaluation=evaluation, seed=seed
-    )
-    texts = pick(pairs.docstrings, chosen)
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
-    sets.append((seed, digest, batches_of(tokenizer, texts, length)))
-  total = len(names) * len(sparsities) * seeds * len(model.blocks)
-  with tqdm.tqdm(total=total, unit="block") as bar:
-    for name in names:
-      for sparsity in sparsities:
-        for seed, digest, batches in sets:
-          bar.set_description(f"{name} {sparsity:.0%} seed {seed}")
-          chosen = STRUCTURES[structure]
-          density = 1 - sparsity if chosen is None else None
-          method = functools.partial(
-            METHODS[name], density=density, structure=chosen
-          )
-          pruned, error = prune_in_order(model, batches, method, bar)
-          found = [embed(pruned, side)[:evaluation] for side in sides]
-          rows.append({
-            "method": name,
-            "sparsity": sparsity,
-            "seed": seed,
-            "calibration": digest,
-            "error": error,
-            "retrieval": retrieval(*found),
-            "fidelity": float((found[1] * dense[1]).sum(1).mean()),
-          })  # fmt: skip
-  return {
-    "model": source,
-    "structure": structure,
-    "text": pairs.source,
-    "evaluation": f"{evaluation} pairs, the same for all seeds",
-    "calibration": f"{calibration} docstrings of others a seed",
-    "context": length,
-    "dense": {"retrieval": retrieval(*dense)},
-    "rows": rows,
-  }
+  rows, blocks = [], len(measured.model.blocks)
+  with tqdm.tqdm(total=len(runs) * blocks, unit="block") as bar:
+    for name, point, seed in runs:
+      bar.set_description(f"{name} {point[0]} {point[1]:.0%} seed {seed}")
+      rows.append(measured.row(name, point, seed, bar))
+  return {"about": measured.about, "dense": measured.dense, "rows": rows}
+
+
+def heading(found: dict[str, Any]) -> str:
+  """What the figures are of: model, text, split, context, seeds and hashes."""
+  about = found["about"]
+  hashes = " ".join(f"{s}:{h}" for s, h in about["calibration"].items())
+  return (
+    f"{about['model']}; {about['text']}; {about['split']}; context "
+    f"{about['context']}\ncalibration, seed:hash: {hashes}"
+  )
+
+
+def metrics(found: dict[str, Any]) -> list[str]:
+  """The names of the figures."""
+  return ["error", *found["dense"]]
+
+
+def grouped(found: dict[str, Any]) -> dict[tuple, list[dict]]:
+  """Rows by method and point."""
+  groups = {}
+  for row in found["rows"]:
+    at = row["method"], row["structure"], row["sparsity"]
+    groups.setdefault(at, []).append(row)
+  return groups
 
 
 def table(found: dict[str, Any]) -> str:
   """Means over calibration sets with 95% intervals."""
+  names = metrics(found)
   lines = [
-    f"{found['model']}, {found['structure']}; {found['text']}; evaluated on "
-    f"{found['evaluation']}; calibrated on {found['calibration']}; at most "
-    f"{found['context']} tokens",
-    f"dense: retrieval {found['dense']['retrieval']:.3f}",
-    f"{'method':10s} {'sparsity':>8s} {'error':>22s} {'retrieval':>22s} "
-    f"{'fidelity':>22s}  calibration",
+    heading(found),
+    f"{'method':10s} {'structure':12s} sparsity "
+    + " ".join(f"{name:>22s}" for name in names),
+    f"{'dense':10s} {'-':12s} {'0%':>8s} "
+    + " ".join(f"{found['dense'].get(name, 0):22.3f}" for name in names),
   ]
-  groups = {}
-  for row in found["rows"]:
-    groups.setdefault((row["method"], row["sparsity"]), []).append(row)
-  for (method, sparsity), rows in groups.items():
-    cells = [spread([row[key] for row in rows])
-             for key in ("error", "retrieval", "fidelity")]  # fmt: skip
-    hashes = " ".join(f"{row['seed']}:{row['calibration']}" for row in rows)
+  for (method, structure, sparsity), rows in grouped(found).items():
+    cells = [spread([row[name] for row in rows]) for name in names]
     lines.append(
-      f"{method:10s} {sparsity:8.0%} {cells[0]:>22s} {cells[1]:>22s} "
-      f"{cells[2]:>22s}  {hashes}"
+      f"{method:10s} {structure:12s} {sparsity:8.0%} "
+      + " ".join(f"{cell:>22s}" for cell in cells)
     )
   return "\n".join(lines)
 
@@ -233,67 +446,89 @@ def spread(values: list[float]) -> str:
 
 
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
-  """Retrieval and fidelity over sparsity."""
+  """The figures over sparsity: their means, least and most."""
   from matplotlib import figure
 
-  page = figure.Figure(figsize=(9, 3.5), layout="constrained")
-  for ax, key in zip(page.subplots(1, 2), ("retrieval", "fidelity")):
-    for name in dict.fromkeys(row["method"] for row in found["rows"]):
-      rows = [row for row in found["rows"] if row["method"] == name]
-      at = sorted({row["sparsity"] for row in rows})
-      of = lambda s, rows=rows, key=key: [
-        row[key] for row in rows if row["sparsity"] == s
-      ]
-      ax.plot(at, [np.mean(of(s)) for s in at], marker="o", label=name)
-      ax.fill_between(
-        at, [min(of(s)) for s in at], [max(of(s)) for s in at], alpha=0.2
-      )
-    if key in found["dense"]:
+  names = metrics(found)
+  page = figure.Figure(figsize=(4.5 * len(names), 4), layout="constrained")
+  curves = {}
+  for (method, structure, sparsity), rows in grouped(found).items():
+    label = method if structure == "unstructured" else f"{method} {structure}"
+    curves.setdefault(label, {})[sparsity] = rows
+  for ax, name in zip(page.subplots(1, len(names)), names):
+    for label, curve in curves.items():
+      at = sorted(curve)
+      values = np.array([[row[name] for row in curve[s]] for s in at])
+      (line,) = ax.plot(at, values.mean(1), marker="o", label=label)
+      band = values.min(1), values.max(1)
+      ax.fill_between(at, *band, alpha=0.2, color=line.get_color())
+    if name in found["dense"]:
       ax.axhline(
-        found["dense"][key], color="gray", linestyle=":", label="dense"
+        found["dense"][name], color="gray", linestyle=":", label="dense"
       )
-    ax.set(xlabel="sparsity", ylabel=key)
-    ax.legend()
+    ax.set(xlabel="sparsity", ylabel=name)
+  ax.legend()
+  page.suptitle(heading(found), fontsize=6)
   page.savefig(path, dpi=150)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  given = flags.FLAGS
-  sparsities = [0.5] if given.structure != "unstructured" else given.sparsity
-  found = measure(
-    given.model,
-    given.method,
-    [float(s) for s in sparsities],
-    given.structure,
-    given.seeds,
-    given.calibration,
-    given.evaluation,
-    given.length,
-  )
+def write(found: dict[str, Any], workdir: str | pathlib.Path) -> None:
+  """Prints the table, and keeps it and a picture."""
   print(table(found))
-  workdir = pathlib.Path(given.workdir)
+  workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / "prune.json").write_text(json.dumps(found, indent=2) + "\n")
   draw(found, workdir / "prune.png")
   print(f"The table is in {workdir / 'prune.json'}, a picture in prune.png.")
 
 
+def given_points() -> list[Point]:
+  """The points that the flags ask for."""
+  try:
+    sparsities = [float(sparsity) for sparsity in flags.FLAGS.sparsity]
+  except ValueError as error:
+    raise ValueError(
+      f"sparsity must be numbers, got {','.join(flags.FLAGS.sparsity)}"
+    ) from error
+  found = points(flags.FLAGS.structure, sparsities)
+  check(flags.FLAGS.method, found)
+  return found
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  given, at = flags.FLAGS, given_points()
+  measured = Measured(
+    given.model,
+    seeds=given.seeds,
+    calibration=given.calibration,
+    evaluation=given.evaluation,
+    length=given.length,
+  )
+  write(run(measured, given.method, at), given.workdir)
+
+
 def define_flags():
-  flags.DEFINE_string("model", "minilm", "minilm, a directory, or a hub name.")
-  flags.DEFINE_multi_enum("method", list(METHODS), list(METHODS), "Methods.")
+  """Flags of what is pruned, and how."""
+  flags.DEFINE_multi_enum(
+    "method", DEFAULT, list(METHODS), "One or more times: the methods."
+  )
   flags.DEFINE_list("sparsity", ["0.5", "0.6", "0.7"], "Shares pruned.")
-  flags.DEFINE_enum(
-    "structure", "unstructured", list(STRUCTURES), "What may be chosen."
+  flags.DEFINE_multi_enum(
+    "structure",
+    ["unstructured"],
+    list(STRUCTURES),
+    "One or more times: what may be chosen.",
   )
   flags.DEFINE_integer("seeds", 3, "Calibration sets.", lower_bound=1)
   flags.DEFINE_integer("calibration", 128, "Texts a set.", lower_bound=1)
-  flags.DEFINE_integer("evaluation", 512, "Pairs.", lower_bound=2)
-  flags.DEFINE_integer("length", 64, "Tokens of a text.", lower_bound=2)
-  flags.DEFINE_string("workdir", "runs/prune", "Where figures are kept.")
 
 
 if __name__ == "__main__":
   define_flags()
+  flags.DEFINE_string("model", "minilm", "minilm, a directory, or a hub name.")
+  flags.DEFINE_integer("evaluation", 512, "Pairs.", lower_bound=2)
+  flags.DEFINE_integer("length", 64, "Tokens of a text.", lower_bound=2)
+  flags.DEFINE_string("workdir", "runs/prune", "Where figures are kept.")
   app.run(main)

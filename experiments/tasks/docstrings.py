@@ -51,6 +51,9 @@ def load(directory: pathlib.Path | None = None) -> Pairs:
       if LEAST <= len(text) <= MOST:
         arguments = ast.unparse(function.args)
         found.setdefault(text, f"{path.stem}: def {function.name}({arguments})")
+  # Of equal signatures the first: no text tells which of them is meant.
+  first = {signature: text for text, signature in reversed(found.items())}
+  found = {text: x for text, x in found.items() if first[x] == text}
   if not found:
     raise ValueError(f"{directory} has no Python file with a docstring")
   digest = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:12]

@@ -1,8 +1,9 @@
-"""The pruning experiment: its text, its figures, and a run on a small model."""
+"""The pruning experiment: its figures, and runs on a small model."""
 
-import functools
+import itertools
 import json
 
+from absl.testing import flagsaver
 from flax import nnx
 import numpy as np
 import pytest
@@ -12,55 +13,41 @@ from experiments import prune
 from experiments.models import bert
 from experiments.models import pretrained
 from experiments.tasks import docstrings
-from sparsejax import select
+from sparsejax import capture
+from sparsejax import weights
 
-TEXT = '''
-def {name}(x, *, of=1):
-  """Gives the {name} of x, and of nothing else than x.
-
-  More words."""
-'''
-
-
-@pytest.fixture
-def files(tmp_path):
-  names = ("mean", "sum", "median", "range", "mode", "variance", "product")
-  for name in names:
-    (tmp_path / f"of_{name}.py").write_text(TEXT.format(name=name))
-  (tmp_path / "twice.py").write_text(TEXT.format(name="mean"))
-  (tmp_path / "broken.py").write_text("def f(:")
-  (tmp_path / "private.py").write_text(TEXT.format(name="_hidden"))
-  return tmp_path
+WORDS = ("gives", "the", "of", "x", "and", "nothing", "than", "mean", "sum")
+CONFIG = bert.Config(
+  vocab_size=32,
+  hidden_size=32,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  intermediate_size=32,
+  max_position_embeddings=16,
+)
 
 
-def test_pairs(files):
-  pairs = docstrings.load(files)
-  assert len(pairs.docstrings) == len(set(pairs.docstrings)) == 7
-  assert pairs.signatures[0] == "of_mean: def mean(x, *, of=1)"
-  assert (
-    pairs.docstrings[0] == "Gives the mean of x, and of nothing else than x."
+def tokenizer():
+  vocabulary = {word: i for i, word in enumerate(["[UNK]", *WORDS])}
+  found = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
   )
-  assert pairs.source == docstrings.load(files).source
-  with pytest.raises(ValueError, match="no Python file"):
-    docstrings.load(files / "nowhere")
+  found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  return found
 
 
-def test_the_standard_library_has_pairs():
-  pairs = docstrings.load()
-  assert len(pairs.docstrings) > 1000
-  assert "standard library" in pairs.source
-
-
-def test_no_pair_calibrates_and_evaluates(files):
-  pairs = docstrings.load(files)
-  split = functools.partial(docstrings.split, pairs, evaluation=3)
-  first, held = split(calibration=4, seed=0)
-  second, again = split(calibration=4, seed=1)
-  np.testing.assert_array_equal(held, again)
-  assert sorted([*first, *held]) == sorted([*second, *held]) == list(range(7))
-  assert list(first) != list(second)
-  with pytest.raises(ValueError, match="7 pairs"):
-    split(calibration=5, seed=0)
+@pytest.fixture(scope="module")
+def small():
+  """A small encoder, and twelve texts of few words."""
+  with pytest.MonkeyPatch.context() as patch:
+    model = bert.Bert(CONFIG, rngs=nnx.Rngs(0))
+    loaded = pretrained.Pretrained(model, tokenizer(), CONFIG)
+    patch.setattr(pretrained, "load", lambda source: loaded)
+    texts = [" ".join((WORDS * 3)[i : i + 2 + i // 2]) for i in range(12)]
+    pairs = docstrings.Pairs(tuple(reversed(texts)), tuple(texts), "words")
+    patch.setattr(docstrings, "load", lambda: pairs)
+    patch.setattr(prune, "ROWS", 4)
+    yield prune.Measured("small", seeds=2, calibration=5, evaluation=6)
 
 
 def test_retrieval():
@@ -69,81 +56,139 @@ def test_retrieval():
   assert prune.retrieval(texts[[1, 0, 2, 3]], texts) == 0.5
 
 
-@pytest.fixture
-def small(monkeypatch):
-  config = bert.Config(
-    vocab_size=32,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=16,
-  )
-  words = [
-    "gives",
-    "the",
-    "of",
-    "x",
-    "and",
-    "nothing",
-    "else",
-    "than",
-    "mean",
-    "sum",
-    "def",
+def test_points_are_what_a_structure_can_have():
+  assert prune.points(["4:8", "block16"], [0.7, 0.5]) == [
+    ("4:8", 0.5),
+    ("block16", 0.7),
+    ("block16", 0.5),
   ]
-  vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
-  tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
-  )
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  model = bert.Bert(config, rngs=nnx.Rngs(0))
-  found = pretrained.Pretrained(model, tokenizer, config)
-  monkeypatch.setattr(pretrained, "load", lambda source: found)
-  return model
+  for structure, sparsity, error in (
+    ("2:4", 0.6, r"must have 0.5 for the structure 2:4, got 0.6"),
+    ("unstructured", 1.0, r"between 0 and 1, got 1.0"),
+    ("unstructured", float("nan"), r"between 0 and 1, got nan"),
+  ):
+    with pytest.raises(ValueError, match=error):
+      prune.points([structure], [sparsity])
 
 
-def test_a_run_on_a_small_model(small, files, monkeypatch, tmp_path):
-  pairs = docstrings.load(files)
-  monkeypatch.setattr(docstrings, "load", lambda: pairs)
-  before = nnx.to_pure_dict(nnx.state(small))
-  found = prune.measure(
-    "small", ["magnitude", "sparsegpt"], [0.5], "unstructured", 2, 4, 3, 8
-  )
-  after = nnx.to_pure_dict(nnx.state(small))
-  np.testing.assert_array_equal(
-    before["blocks"][0]["up"]["kernel"], after["blocks"][0]["up"]["kernel"]
-  )
-  assert [row["method"] for row in found["rows"]] == (
-    ["magnitude"] * 2 + ["sparsegpt"] * 2
-  )
-  for row in found["rows"]:
-    assert 0 < row["error"] < 1 and 0 < row["fidelity"] <= 1
-  lines = prune.table(found).splitlines()
-  assert "at most 8 tokens" in lines[0] and pairs.source in lines[0]
-  assert all(row["calibration"] in lines[3] for row in found["rows"][:2])
-  json.dumps(found)
-  prune.draw(found, tmp_path / "prune.png")
-  assert (tmp_path / "prune.png").stat().st_size > 1000
+@pytest.mark.parametrize(
+  ("method", "structure"), [("dsnot", "block16"), ("owl", "2:4")]
+)
+def test_methods_refuse_structures(method, structure):
+  with pytest.raises(ValueError, match=f"not be {structure} for the method"):
+    prune.check(["wanda", method], [("unstructured", 0.5), (structure, 0.5)])
+
+
+def test_embeddings_keep_the_order_of_texts(small):
+  texts = ["x", " ".join(WORDS), "the sum of x", "mean"] * 3
+  made = prune.batches_of(tokenizer(), texts, 9)
+  # Three batches: of short texts, and of those that are cut.
+  assert [batch[0].shape[1] for batch in made.batches] == [8, 8, 9]
+  found = prune.embed(small.model, made)
+  tokens, valid = pretrained.encode(tokenizer(), texts[:1])
+  alone = bert.mean_embedding(small.model(tokens, valid), valid)
+  np.testing.assert_allclose(found[:1], alone, atol=1e-5)
+  for i, j in itertools.combinations(range(len(texts)), 2):
+    assert np.allclose(found[i], found[j], atol=1e-5) == (i % 4 == j % 4)
 
 
 def test_all_kept_is_the_dense_model(small):
-  batch = (np.arange(24).reshape(2, 12) % 32, np.ones((2, 12), bool))
-  method = functools.partial(
-    prune.METHODS["wanda"], density=1.0, structure=None
+  row = small.row("wanda", ("unstructured", 0.0), 0)
+  assert row["error"] == 0 and row["retrieval"] == small.dense["retrieval"]
+  assert row["fidelity"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_block_is_calibrated_on_what_pruned_ones_give(small):
+  model, seen = nnx.clone(small.model), []
+  texts = prune.batches_of(tokenizer(), ["the sum of x", "mean"] * 3, 9)
+
+  def method(kernel, moments):
+    seen.append(moments)
+    return weights.wanda(kernel, moments, 0.5)
+
+  inputs = prune.first_inputs(model, texts)
+  prune.prune_blocks(model.blocks, inputs, [method] * 2, prune.valid_rows)
+  whole = capture.moments(
+    lambda model, batch: model(*batch),
+    model,
+    texts.batches,
+    where=lambda name: name == "blocks/1/attention/query/kernel",
+    valid=lambda batch: batch[1],
   )
-  pruned, error = prune.prune_in_order(small, [batch], method)
-  assert error == 0
+  (expected,) = whole.values()
+  of_query = seen[6 + ["key", "out", "query"].index("query")]
+  np.testing.assert_allclose(of_query.second, expected.second, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("method", "point"),
+  [("dsnot", ("2:4", 0.5)), ("sparsegpt", ("4:8", 0.5))],
+)
+def test_structures_hold(small, method, point):
+  model, batches = nnx.clone(small.model), small.sets[0]
+  methods = prune.methods_of(method, point, model.blocks, batches)
+  masks, _ = prune.prune_blocks(
+    model.blocks, batches, methods, prune.valid_rows
+  )
+  n, m = map(int, point[0].split(":"))
+  kernel = np.asarray(model.blocks[1].down.kernel[...])
+  assert ((kernel != 0).reshape(-1, m, 32).sum(1) == n).all()
+  np.testing.assert_array_equal(masks[1]["down"]["kernel"], kernel != 0)
+  assert masks[1]["down"]["bias"].all()
+
+
+def test_owl_gives_blocks_what_its_density_asks(small):
+  model, batches = nnx.clone(small.model), small.sets[0]
+  # Outliers in the second block alone.
+  kernel = model.blocks[1].up.kernel
+  kernel[...] = kernel[...].at[:, :2].mul(50)
+  found = prune.owl_densities(model.blocks, batches, 0.3, prune.valid_rows)
+  np.testing.assert_allclose(found, [0.22, 0.38], atol=1e-6)
+  methods = prune.methods_of(
+    "owl", ("unstructured", 0.7), model.blocks, batches, prune.valid_rows
+  )
+  densities = [method.keywords["density"] for method in methods]
+  np.testing.assert_allclose(densities, found)
+
+
+def test_a_run_on_a_small_model(small, tmp_path, capsys):
+  before = np.asarray(small.model.blocks[0].up.kernel[...])
+  at = prune.points(["unstructured", "2:4", "block16"], [0.5])
+  found = prune.run(small, ["magnitude", "wanda"], at)
   np.testing.assert_array_equal(
-    prune.embed(pruned, [batch]), prune.embed(small, [batch])
-  )
+    before, small.model.blocks[0].up.kernel[...]
+  )  # fmt: skip
+  assert [row["seed"] for row in found["rows"]] == [0, 1] * 6
+  for row in found["rows"]:
+    assert 0 < row["error"] < 1 and -1 <= row["fidelity"] <= 1
+    assert row["calibration"] == found["about"]["calibration"][row["seed"]]
+  assert len({row["calibration"] for row in found["rows"]}) == 2
+  magnitude = prune.grouped(found)["magnitude", "unstructured", 0.5]
+  assert magnitude[0]["fidelity"] == magnitude[1]["fidelity"]
+  assert magnitude[0]["error"] != magnitude[1]["error"]
+  prune.write(found, tmp_path)
+  assert json.loads((tmp_path / "prune.json").read_text())["rows"]
+  assert (tmp_path / "prune.png").stat().st_size > 1000
+  output = capsys.readouterr().out
+  for told in (
+    "words; 6 pairs",
+    "64 tokens",
+    *(f"{s}:{h}" for s, h in found["about"]["calibration"].items()),
+  ):
+    assert told in output
 
 
-def test_structures_hold(small):
-  batch = (np.arange(24).reshape(2, 12) % 32, np.ones((2, 12), bool))
-  method = functools.partial(
-    prune.METHODS["dsnot"], density=None, structure=select.NM(2, 4)
-  )
-  pruned, _ = prune.prune_in_order(small, [batch], method)
-  kernel = np.asarray(pruned.blocks[1].down.kernel[...])
-  assert ((kernel != 0).reshape(-1, 4, 16).sum(1) == 2).all()
+@pytest.mark.parametrize(
+  ("given", "error"),
+  [
+    ({"structure": ["2:4"], "sparsity": ["0.6"]}, r"must have 0\.5"),
+    ({"sparsity": ["half"]}, "numbers, got half"),
+    ({"structure": ["block16"], "method": ["dsnot"]}, "not be block16"),
+  ],
+)
+def test_flags_are_checked(given, error):
+  if "sparsity" not in prune.flags.FLAGS:
+    prune.define_flags()
+  prune.flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=error):
+    prune.given_points()
