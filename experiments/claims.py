@@ -38,6 +38,28 @@ class Claim:
   metric: str = "accuracy"
 
 
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+  """What papers say of pruning in one shot, and where it is tried.
+
+  Attributes:
+    says: the claim.
+    source: the papers.
+    differs: how the experiment differs from the papers'.
+    better: pairs of methods of experiments/prune.py, the first claimed to be
+      better, and the points (structure, sparsity) where they are compared.
+    metrics: what is compared, and 1 where more is better, -1 where less is.
+  """
+
+  says: str
+  source: str
+  differs: str
+  better: Mapping[tuple[str, str], Sequence[tuple[str, float]]]
+  metrics: Mapping[str, int] = dataclasses.field(
+    default_factory=lambda: {"error": -1, "retrieval": 1, "fidelity": 1}
+  )
+
+
 def config() -> ml_collections.ConfigDict:
   """What all arms begin with: seconds a run."""
   config = base.get_config()
@@ -103,6 +125,14 @@ def _sr_ste(n, m):
   )
 
 
+_POINTS = (
+  ("unstructured", 0.5),
+  ("unstructured", 0.6),
+  ("unstructured", 0.7),
+  ("2:4", 0.5),
+  ("4:8", 0.5),
+)
+
 CLAIMS = {
   "rigl_set_static_95": _rigl_set_static(0.95),
   "rigl_set_static_98": _rigl_set_static(0.98),
@@ -140,5 +170,35 @@ CLAIMS = {
       ),
     },
     better=(("rigl", "gradual"),),
+  ),
+  "one_shot_order": Pruning(
+    says=(
+      "Pruned in one shot, a model loses no more by SparseGPT than by Wanda, "
+      "and less by Wanda than by magnitude. At 60% and more, DSnoT from "
+      "Wanda's mask loses less than Wanda, and at 70% Wanda loses less where "
+      "blocks with more outliers keep more (OWL)."
+    ),
+    source=(
+      "Frantar and Alistarh, SparseGPT (2023); Sun et al., A Simple and "
+      "Effective Pruning Approach for Large Language Models (2023); Zhang et "
+      "al., Dynamic Sparse No Training (2023); Yin et al., Outlier Weighed "
+      "Layerwise Sparsity (2023)"
+    ),
+    differs=(
+      "An encoder of 6 blocks, all-MiniLM-L6-v2, where the papers have "
+      "decoders of billions of parameters and perplexity. Error is the mean "
+      "over layers of the squared change of their outputs, over their "
+      "squares; retrieval is how often a docstring is nearest to its own "
+      "signature; fidelity is the mean cosine of docstrings' embeddings to "
+      "the dense model's. Unstructured is what each method does: magnitude "
+      "chooses within a layer, Wanda within an output, SparseGPT within 128 "
+      "inputs."
+    ),
+    better={
+      ("sparsegpt", "wanda"): _POINTS,
+      ("wanda", "magnitude"): _POINTS,
+      ("dsnot", "wanda"): _POINTS,
+      ("owl", "wanda"): (("unstructured", 0.7),),
+    },
   ),
 }

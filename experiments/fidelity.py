@@ -29,10 +29,17 @@ from experiments import claims
 from experiments import experiment
 from experiments import flops
 from experiments import intervals
+from experiments import prune
 from experiments import workdir as workdirs
 import sparsejax
 
 TUNING_SEEDS = (1_000, 1_001, 1_002)
+# What an interval says of one pair of methods at one point.
+WORDS = {
+  "reproduced": "holds",
+  "not reproduced": "does not hold",
+  "undecided": "undecided",
+}
 
 
 def changed(
@@ -94,14 +101,18 @@ def _code() -> str:
   return digest.hexdigest()
 
 
+def _kept(workdir: pathlib.Path, made: Mapping[str, Any]) -> pathlib.Path:
+  """Where the result of a run is kept, by its settings and the code."""
+  text = json.dumps({**made, "code": _code()}, sort_keys=True)
+  name = hashlib.sha256(text.encode()).hexdigest()[:16]
+  return workdir / f"{name}.json"
+
+
 def cached(config, seeds, workdir: pathlib.Path) -> list[dict[str, float]]:
   """`run`, but for the runs that the work directory has, of this code."""
-  paths = {}
-  for seed in seeds:
-    made = config.to_dict() | {"seed": seed, "code": _code()}
-    text = json.dumps(made, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    paths[seed] = workdir / f"{name}.json"
+  paths = {
+    seed: _kept(workdir, config.to_dict() | {"seed": seed}) for seed in seeds
+  }
   missing = [seed for seed in seeds if not paths[seed].exists()]
   for seed, result in zip(missing, run(config, missing) if missing else ()):
     workdirs.write(paths[seed], json.dumps(result))
@@ -126,8 +137,7 @@ def test(
   claim: claims.Claim, seeds, workdir: pathlib.Path, progress=iter
 ) -> dict[str, Any]:
   """Runs what a claim needs, and returns what came out, ready for JSON."""
-  if len(seeds) < 5:
-    raise ValueError(f"--seeds takes 5 or more; got {len(seeds)}.")
+  _check_seeds(seeds)
   arms, values = {}, {}
   for name in progress(claim.arms):
     changes = tuned(claim.arms[name], claim, workdir)
@@ -153,6 +163,126 @@ def test(
     "seeds": list(seeds),
     "jax": jax.__version__,
   }
+
+
+def _check_seeds(seeds):
+  if len(seeds) < 5:
+    raise ValueError(f"--seeds takes 5 or more; got {len(seeds)}.")
+
+
+def test_pruning(
+  claim: claims.Pruning, seeds, workdir: pathlib.Path, progress=iter, **setting
+) -> dict[str, Any]:
+  """Prunes as a claim needs it, and returns what came out, ready for JSON.
+
+  Args:
+    claim: what is tested.
+    seeds: of calibration sets: 0, 1, ...
+    workdir: keeps the rows.
+    progress: wraps what is iterated over.
+    **setting: as `prune.Measured` takes it; by default MiniLM.
+  """
+  _check_seeds(seeds)
+  setting = {"source": "minilm", "seeds": len(seeds)} | setting
+  measured = prune.Measured(**setting)
+  compared = [
+    (pair, point) for pair, points in claim.better.items() for point in points
+  ]
+  rows = {}
+  runs = {(name, point): None for pair, point in compared for name in pair}
+  for name, point in progress(runs):
+    rows[name, point] = []
+    for seed in seeds:
+      made = {**setting, "method": name, "point": point, "seed": seed}
+      path = _kept(workdir, made)
+      if not path.exists():
+        row = measured.row(name, point, seed)
+        workdirs.write(path, json.dumps(row))
+      rows[name, point].append(json.loads(path.read_text()))
+  effects = []
+  for (better, worse), point in compared:
+    at = {"better": better, "worse": worse}
+    effects.append(at | {"structure": point[0], "sparsity": point[1]})
+    for metric, sign in claim.metrics.items():
+      values = [
+        [sign * row[metric] for row in rows[name, point]]
+        for name in (better, worse)
+      ]
+      effect = intervals.of_effect(*values)
+      verdict = {"verdict": WORDS[intervals.verdict([effect])]}
+      effects[-1][metric] = dataclasses.asdict(effect) | verdict
+  verdicts = [e[metric]["verdict"] for e in effects for metric in claim.metrics]
+  count = {word: verdicts.count(word) for word in WORDS.values()}
+  return {
+    "verdict": ", ".join(f"{word} {n}" for word, n in count.items())
+    + f" of {len(verdicts)}",
+    "effects": effects,
+    "about": measured.about,
+    "dense": measured.dense,
+    "rows": [row for found in rows.values() for row in found],
+    "seeds": list(seeds),
+    "jax": jax.__version__,
+  }
+
+
+def pruning_card(
+  name: str, claim: claims.Pruning, result: Mapping[str, Any]
+) -> str:
+  """What came out of pruning as a page of Markdown."""
+  metrics, about = list(claim.metrics), result["about"]
+  shown = lambda v: f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
+  hashes = ", ".join(f"{s}: {h}" for s, h in about["calibration"].items())
+  rule = "| --- " * (len(metrics) + 1) + "|"
+  lines = [
+    f"# {name}: {result['verdict']}",
+    "",
+    f"**The papers say.** {claim.says} ({claim.source}.)",
+    "",
+    f"**What was run.** {claim.differs}",
+    f"{len(result['seeds'])} calibration sets, the same for all methods; "
+    "brackets are 95% t-intervals over them. The model and the pairs that "
+    "evaluate it are one: intervals say nothing of other models and texts.",
+    "",
+    f"Model: {about['model']}. Text: {about['text']}. Split: {about['split']}. "
+    f"Context: {about['context']}. Calibration, hash by seed: {hashes}.",
+    "",
+    "Effects are how much better the first is, whatever the metric: the claim "
+    "holds where the interval is above zero, does not where it is below, and "
+    "is undecided where zero is in it. One interval in twenty is wrong by "
+    "chance.",
+    "",
+    "| first, second | " + " | ".join(metrics) + " |",
+    rule,
+  ]
+  for effect in result["effects"]:
+    cells = [
+      f"{effect[m]['verdict']}: {shown(effect[m])}"
+      if effect[m]["verdict"] != WORDS["reproduced"]
+      else f"**holds**: {shown(effect[m])}"
+      for m in metrics
+    ]
+    pair = f"{effect['better']}, {effect['worse']}"
+    point = f"{effect['structure']} {effect['sparsity']:.0%}"
+    lines.append(f"| {pair}: {point} | " + " | ".join(cells) + " |")
+  lines += ["", "| method | " + " | ".join(metrics) + " |", rule]
+  dense = [f"{result['dense'].get(m, 0.0):.4f}" for m in metrics]
+  lines.append("| dense | " + " | ".join(dense) + " |")
+  for (method, structure, sparsity), rows in prune.grouped(result).items():
+    values = [
+      dataclasses.asdict(intervals.of_mean([row[m] for row in rows]))
+      for m in metrics
+    ]
+    lines.append(
+      f"| {method}: {structure} {sparsity:.0%} | "
+      + " | ".join(map(shown, values))
+      + " |"
+    )
+  lines += [
+    "",
+    f"jax {result['jax']}; `python -m experiments.fidelity --claim={name}`",
+    "",
+  ]
+  return "\n".join(lines)
 
 
 def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
@@ -192,12 +322,15 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
 
 
 def chosen(name: str) -> list[str]:
-  """The claims that a name stands for: itself, or all of them."""
-  if name != "all" and name not in claims.CLAIMS:
-    raise ValueError(
-      f"--claim takes one of {', '.join(claims.CLAIMS)}, or all; got {name!r}."
-    )
-  return list(claims.CLAIMS) if name == "all" else [name]
+  """The claims that a name stands for: itself, those it begins, or all."""
+  if name == "all" or name in claims.CLAIMS:
+    return list(claims.CLAIMS) if name == "all" else [name]
+  if found := [known for known in claims.CLAIMS if known.startswith(name)]:
+    return found
+  raise ValueError(
+    f"--claim takes one of {', '.join(claims.CLAIMS)}, what some of them begin "
+    f"with, or all; got {name!r}."
+  )
 
 
 def main(argv):
@@ -212,16 +345,23 @@ def main(argv):
   for name in names:
     claim = claims.CLAIMS[name]
     progress = lambda arms, name=name: tqdm.tqdm(arms, desc=name, unit="arm")
-    result = test(claim, range(flags.FLAGS.seeds), workdir, progress)
+    pruning = isinstance(claim, claims.Pruning)
+    seeds = range(flags.FLAGS.seeds or (5 if pruning else 10))
+    run_it, page = (test_pruning, pruning_card) if pruning else (test, card)
+    result = run_it(claim, seeds, workdir, progress)
     workdirs.write(cards / f"{name}.json", json.dumps(result, indent=2))
-    workdirs.write(cards / f"{name}.md", card(name, claim, result))
+    workdirs.write(cards / f"{name}.md", page(name, claim, result))
     print(f"{name}: {result['verdict']} ({cards / name}.md)")
 
 
 if __name__ == "__main__":
   names = ", ".join(claims.CLAIMS)
-  flags.DEFINE_string("claim", "all", f"One of {names}, or all.")
-  flags.DEFINE_integer("seeds", 10, "Paired seeds, five or more.")
+  flags.DEFINE_string(
+    "claim", "all", f"One of {names}, what some begin with, or all."
+  )
+  flags.DEFINE_integer(
+    "seeds", None, "Paired seeds, five or more; default 10, or 5 of pruning."
+  )
   flags.DEFINE_string("workdir", "runs/fidelity", "Keeps the runs.")
   flags.DEFINE_string("cards", "docs/claims", "Where results go.")
   app.run(main)

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import claims
 from experiments import fidelity
+from experiments import prune
 
 SMALL = {
   "steps": 20,
@@ -57,10 +58,77 @@ def test_runs_of_a_seed_are_equal_and_of_two_are_not():
   assert first != second
 
 
+class Figures:
+  """Stands for a pruned model: figures that a claim can be read off."""
+
+  def __init__(self, source, *, seeds):
+    assert (source, seeds) == ("minilm", 5)
+    self.dense = {"retrieval": 0.5}
+    self.about = {
+      "model": "none",
+      "text": "no text",
+      "split": "6 pairs",
+      "context": "8 tokens",
+      "calibration": dict(enumerate("abcde")),
+    }
+
+  def row(self, name, point, seed):
+    sign = {"wanda": 1, "dsnot": -1}[name] * (-1) ** (seed // 2)
+    return {
+      "method": name,
+      "structure": point[0],
+      "sparsity": point[1],
+      "seed": seed,
+      "error": {"wanda": 0.3, "dsnot": 0.2}[name],  # DSnoT is better,
+      "retrieval": 0.4 + 0.1 * (name == "wanda") + seed / 100,  # and worse,
+      "fidelity": 0.5 + 0.1 * sign * (seed % 2),  # and neither
+    }
+
+
+def test_a_claim_of_pruning_is_tested_and_kept(tmp_path, monkeypatch):
+  monkeypatch.setattr(prune, "Measured", Figures)
+  points = (("unstructured", 0.5), ("2:4", 0.5))
+  claim = claims.Pruning(
+    says="Something.",
+    source="Someone",
+    differs="All.",
+    better={("dsnot", "wanda"): points},
+  )
+  result = fidelity.test_pruning(claim, range(5), tmp_path)
+  assert result["verdict"] == "holds 2, does not hold 2, undecided 2 of 6"
+  first, second = result["effects"]
+  assert first["structure"] == "unstructured" and second["structure"] == "2:4"
+  # Less error is better: effects are positive where the first is.
+  assert first["error"]["low"] == pytest.approx(0.1)
+  assert first["retrieval"]["high"] == pytest.approx(-0.1)
+  assert first["fidelity"]["verdict"] == "undecided"
+  assert len(result["rows"]) == len(list(tmp_path.iterdir())) == 2 * 2 * 5
+  monkeypatch.setattr(Figures, "row", lambda *_: pytest.fail("run twice"))
+  assert fidelity.test_pruning(claim, range(5), tmp_path) == result
+  json.dumps(result)
+  card = fidelity.pruning_card("a_claim", claim, result)
+  assert card.startswith("# a_claim: holds 2, does not hold 2")
+  assert (
+    "| dsnot, wanda: 2:4 50% | **holds**: 0.1000 [0.1000, 0.1000] |" in card
+  )
+  assert "| wanda: 2:4 50% | 0.3000 [0.3000, 0.3000] |" in card
+  for told in ("6 pairs", "8 tokens", "3: d", "no text"):
+    assert told in card
+  with pytest.raises(ValueError, match=r"--seeds takes 5 or more; got 4"):
+    fidelity.test_pruning(claim, range(4), tmp_path)
+
+
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_every_claim_is_well_formed(name):
   claim = claims.CLAIMS[name]
   assert claim.says and claim.source
+  if isinstance(claim, claims.Pruning):
+    for names, points in claim.better.items():
+      prune.check(names, points)
+      assert set(names) <= set(prune.METHODS)
+      for structure, sparsity in points:
+        assert prune.points([structure], [sparsity])
+    return
   for arm in itertools.chain(*claim.better):
     assert arm in claim.arms
   for arm in claim.arms.values():
@@ -85,6 +153,8 @@ def test_an_unknown_claim_leaves_no_directories(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_all_stands_for_every_claim():
+def test_names_stand_for_claims():
   assert fidelity.chosen("all") == list(claims.CLAIMS)
+  assert fidelity.chosen("one_shot") == ["one_shot_order"]
+  assert fidelity.chosen("sr_ste") == ["sr_ste_1_4", "sr_ste_1_8"]
   assert fidelity.chosen("erk_uniform") == ["erk_uniform"]
