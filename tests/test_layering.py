@@ -26,8 +26,11 @@ FLOOR_PACKAGES = {"select"}
 NOT_SHIPPED = {"configs", "conftest", "docs", "experiments", "tests"}
 # What a distribution is imported as, where the names differ.
 IMPORTED_AS = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
-# Drawing is optional: sparsejax/plots.py imports it when it is called.
-ALSO_ALLOWED = {"sparsejax.plots": {"matplotlib"}}
+# Drawing and files are optional: they are imported where they are asked for.
+ALSO_ALLOWED = {
+  "sparsejax.plots": {"matplotlib"},
+  "sparsejax.weights.storage": {"safetensors"},
+}
 
 
 def declared_packages(pyproject: str) -> set[str]:

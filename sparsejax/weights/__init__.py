@@ -23,6 +23,9 @@ from sparsejax.weights.methods.nm import sr_ste
 from sparsejax.weights.methods.nm import structure_decay
 from sparsejax.weights.methods.pruning import gradual_magnitude
 from sparsejax.weights.methods.pruning import static
+from sparsejax.weights.packing import pack
+from sparsejax.weights.packing import Packed
+from sparsejax.weights.packing import unpack
 from sparsejax.weights.post_training import dsnot
 from sparsejax.weights.post_training import Made
 from sparsejax.weights.post_training import magnitude_pruning
@@ -49,6 +52,11 @@ from sparsejax.weights.slicing import slice_inputs
 from sparsejax.weights.slicing import slice_outputs
 from sparsejax.weights.slicing import slice_residual
 from sparsejax.weights.slicing import slice_width
+from sparsejax.weights.storage import load
+from sparsejax.weights.storage import save
+from sparsejax.weights.storage import storage_report
+from sparsejax.weights.storage import StorageReport
+from sparsejax.weights.storage import Stored
 from sparsejax.weights.summaries import sad
 from sparsejax.weights.summaries import Summary
 from sparsejax.weights.summaries import summary
