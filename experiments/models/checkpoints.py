@@ -58,6 +58,11 @@ class Names:
     return re.fullmatch(self.unused, name) is not None
 
 
+def is_transposed(path: str) -> bool:
+  """Whether the tensor of the parameter at a path is its transpose."""
+  return path.endswith("/kernel")
+
+
 def listed(names: Iterable[str], most: int = 5) -> str:
   """The names in order, and how many more there are than `most`.
 

@@ -1,8 +1,9 @@
-"""Models that others trained, read from Hugging Face directories.
+"""Models that others trained: Hugging Face directories, read and written.
 
   model, tokenizer, config = pretrained.load("minilm")
   tokens, valid = pretrained.encode(tokenizer, ["a text", "and another"])
   embeddings = bert.mean_embedding(model(tokens, valid), valid)
+  pretrained.save("mine", model, "minilm")
 
 "minilm" is all-MiniLM-L6-v2, which a package carries, so that no network is
 needed where it is installed.
@@ -13,9 +14,12 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import re
+import shutil
 from typing import Any, NamedTuple
+import uuid
 
 from flax import nnx
 import jax
@@ -28,6 +32,7 @@ from experiments.models import bert
 from experiments.models import checkpoints
 from experiments.models import llama
 from sparsejax import paths
+from sparsejax.weights import storage
 
 # By the model_type of a config.json.
 MODEL_TYPES = {
@@ -43,6 +48,9 @@ MINILM_SHA256 = (
 )
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What goes with a model's weights: settings, tokenizers, and the modules of
+# sentence-transformers.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "[0-9]_*/*")
 
 
 class Pretrained(NamedTuple):
@@ -78,16 +86,7 @@ def load(
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"dtype must be floating; got {jnp.dtype(dtype).name}")
   directory = locate(source)
-  settings = _read_json(directory / "config.json")
-  kind = settings.get("model_type")
-  if not isinstance(kind, str) or kind not in MODEL_TYPES:
-    raise ValueError(
-      f"{directory / 'config.json'}: model_type is {kind!r}; the models here "
-      f"are {' and '.join(MODEL_TYPES)}."
-    )
-  config_class, model_class = MODEL_TYPES[kind]
-  with _naming(directory / "config.json"):
-    config = config_class.read(settings)
+  config, model_class = _read_config(directory)
   tokenizer = _read_tokenizer(directory, config)
   graph, shapes = nnx.split(
     nnx.eval_shape(
@@ -100,6 +99,72 @@ def load(
   arrays = _read_arrays(directory, model_class.NAMES, by_path)
   model = nnx.merge(graph, rebuild(arrays))
   return Pretrained(model, tokenizer, config)
+
+
+def save(
+  directory: str | pathlib.Path,
+  model: bert.Bert | llama.Llama,
+  source: str | pathlib.Path,
+) -> None:
+  """Writes a directory that `load` and transformers read.
+
+  It has the files of `source`, with the model's parameters in place of its
+  own, dense: zeros are stored, too. Tensors that the model has no place for (a
+  pooler, heads) stay as they are there. All are in one model.safetensors, the
+  parameters in the dtype that they have.
+
+  Args:
+    directory: is made, all of it at once; it may exist where it is empty.
+    model: of the kind and the sizes that `source` has.
+    source: where its config, its tokenizer and their like are from, as `load`
+      takes it.
+
+  Raises:
+    ValueError: the directory has files, or model and source do not fit.
+  """
+  directory, origin = pathlib.Path(directory).absolute(), locate(source)
+  if directory.exists() and (
+    not directory.is_dir() or any(directory.iterdir())
+  ):
+    raise ValueError(f"{directory} exists; give one that does not, or is empty")
+  config, model_class = _read_config(origin)
+  if not isinstance(model, model_class):
+    raise ValueError(
+      f"model must be a {model_class.__name__}, as {origin / 'config.json'} "
+      f"says; got {type(model).__name__}"
+    )
+  params = paths.named(nnx.state(model, nnx.Param))[0]
+  shapes = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+  wanted = paths.named(nnx.state(shapes, nnx.Param))[0]
+  for path in sorted(wanted | params):
+    want, got = (x[path].shape if path in x else None for x in (wanted, params))
+    if want != got:
+      raise ValueError(
+        f"model must have {path} of shape {want}, as {origin / 'config.json'} "
+        f"says; got {got}"
+      )
+  names = model_class.NAMES
+  found, path_of = _matched(origin, names, wanted)
+  tensors = {}
+  for name, (called, file) in found.items():
+    path = path_of.get(name) or path_of.get(names.tied.get(name))
+    if path is None:
+      tensors[called] = _raw(called, file)
+    else:
+      x = np.asarray(params[path])
+      tensors[called] = x.T if checkpoints.is_transposed(path) else x
+  partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.partial")
+  try:
+    partial.mkdir(parents=True)
+    _copy_companions(origin, partial)
+    _set_dtype(partial / "config.json", {x.dtype.name for x in params.values()})
+    storage.write(partial / _WEIGHTS, tensors, {"format": "pt"})
+    for file in filter(pathlib.Path.is_file, partial.rglob("*")):
+      with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    partial.rename(directory)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def encode(
@@ -221,6 +286,39 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
+def _read_config(directory: pathlib.Path) -> tuple[Any, type]:
+  """What a config.json says, and the class of the model."""
+  path = directory / "config.json"
+  settings = _read_json(path)
+  kind = settings.get("model_type")
+  if not isinstance(kind, str) or kind not in MODEL_TYPES:
+    raise ValueError(
+      f"{path}: model_type is {kind!r}; the models here are "
+      f"{' and '.join(MODEL_TYPES)}."
+    )
+  config_class, model_class = MODEL_TYPES[kind]
+  with _naming(path):
+    return config_class.read(settings), model_class
+
+
+def _copy_companions(origin: pathlib.Path, to: pathlib.Path) -> None:
+  for pattern in _COMPANIONS:
+    for file in origin.glob(pattern):
+      if file.is_file() and not file.name.endswith(".index.json"):
+        copy = to / file.relative_to(origin)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)  # without the modes
+
+
+def _set_dtype(path: pathlib.Path, names: set[str]) -> None:
+  """A config.json that names a dtype names that of the parameters."""
+  settings = _read_json(path)
+  told = {key for key in ("dtype", "torch_dtype") if settings.get(key)}
+  changed = settings | dict.fromkeys(told, *names) if len(names) == 1 else {}
+  if changed and changed != settings:
+    path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
 def _read_tokenizer(
   directory: pathlib.Path, config: bert.Config | llama.Config
 ) -> tokenizers.Tokenizer:
@@ -290,15 +388,19 @@ def _stored(directory: pathlib.Path) -> dict[str, pathlib.Path]:
   return found
 
 
-def _read_arrays(
+def _matched(
   directory: pathlib.Path,
   names: checkpoints.Names,
-  by_path: dict[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.Array]:
-  """The arrays of the parameters, whose shapes and dtypes are given."""
-  stored = _stored(directory)
-  # A parameter's tensor: what files call it, and where it is.
-  found = {names.current(name): (name, file) for name, file in stored.items()}
+  by_path: dict[str, Any],
+) -> tuple[dict[str, tuple[str, pathlib.Path]], dict[str, str]]:
+  """What files call each tensor and where it is, and its parameter's path.
+
+  Tensors without a path repeat another (names.tied) or are not used.
+  """
+  found = {
+    names.current(called): (called, file)
+    for called, file in _stored(directory).items()
+  }
   path_of = {names.tensor(path): path for path in by_path}
   where = directory / _WEIGHTS
   where = where if where.is_file() else directory / _INDEX
@@ -312,15 +414,25 @@ def _read_arrays(
       f"{where} has tensors that the model has no place for: "
       f"{checkpoints.listed(unexpected)}."
     )
+  return found, path_of
+
+
+def _read_arrays(
+  directory: pathlib.Path,
+  names: checkpoints.Names,
+  by_path: dict[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+  """The arrays of the parameters, whose shapes and dtypes are given."""
+  found, path_of = _matched(directory, names, by_path)
   arrays = {}
-  for file in sorted(set(stored.values())):
+  for file in sorted({file for _, file in found.values()}):
     with _opened(file) as tensors:
       for name, (called, holder) in found.items():
         if holder == file and name in path_of:
           path = path_of[name]
           with _naming(file):
             arrays[path] = _array(tensors, called, path, by_path[path])
-  for name in others:
+  for name in set(names.tied) & set(found) - set(path_of):
     copy, twin = (_raw(*found[n]) for n in (name, names.tied[name]))
     if not np.array_equal(copy, twin):
       raise ValueError(
@@ -342,7 +454,7 @@ def _array(
   like: jax.ShapeDtypeStruct,
 ) -> jax.Array:
   """A tensor as the parameter that it is."""
-  transposed = path.endswith("/kernel")
+  transposed = checkpoints.is_transposed(path)
   shape = like.shape[::-1] if transposed else like.shape
   # The shape is in the file's header: nothing is read to find it wrong.
   got = tuple(tensors.get_slice(called).get_shape())

@@ -45,6 +45,12 @@ def test_names_in_older_files():
   )
 
 
+def test_kernels_are_transposed_and_nothing_else():
+  assert checkpoints.is_transposed("blocks/3/up/kernel")
+  for path in ("embed/embedding", "norm/scale", "blocks/3/up/bias"):
+    assert not checkpoints.is_transposed(path)
+
+
 def test_settings_that_cannot_be_hashed_are_refused():
   with pytest.raises(ValueError, match=r"act=\['a'\] is not supported"):
     checkpoints.refuse({"act": ["a"]}, act={"a": 1, "b": 2})

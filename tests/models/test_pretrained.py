@@ -1,4 +1,4 @@
-"""Reading directories: what is found, and what is wrong with them."""
+"""Directories: what is found, what is wrong with them, and what is saved."""
 
 import importlib.metadata
 import json
@@ -64,6 +64,133 @@ def test_shards_give_the_same_model(llama_directory):
   assert whole.keys() == parts.keys()
   for path in whole:
     np.testing.assert_array_equal(whole[path], parts[path])
+
+
+def assert_same(got, want):
+  """Models of equal parameters, to the bit."""
+  got, want = arrays(got), arrays(want)
+  assert got.keys() == want.keys()
+  for path, x in want.items():
+    assert got[path].dtype == x.dtype
+    assert got[path].tobytes() == x.tobytes(), path
+
+
+def change(model):
+  """Prunes kernels in place, and leaves -0.0 and a NaN of a payload."""
+  rng = np.random.default_rng(0)
+  params = nnx.state(model, nnx.Param)
+  leaves, rebuild = paths.named(params)
+  for path, x in leaves.items():
+    if path.endswith("kernel"):
+      x = np.where(rng.random(x.shape) < 0.5, np.asarray(x), 0)
+      x[0, :2] = -0.0
+      nan = {2: (np.uint16, 0x7FC3), 4: (np.uint32, 0x7FC01234)}
+      kind, bits = nan[x.dtype.itemsize]
+      x.view(kind)[-1, 0] = bits
+      leaves[path] = jnp.asarray(x)
+  nnx.update(model, rebuild(leaves))
+  return model
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_saved_model_is_read_back(llama_directory, tmp_path, dtype, shards):
+  if shards > 1:
+    llama_directory.shard(shards)
+  (llama_directory.path / "chat_template.jinja").write_text("{{ x }}")
+  (llama_directory.path / "pytorch_model.bin").write_bytes(b"large")
+  llama_directory.set(torch_dtype="float16", dtype=None)
+  model = change(pretrained.load(llama_directory.path, dtype=dtype).model)
+  to = problem.Directory(tmp_path / "out" / "saved")
+  pretrained.save(to.path, model, llama_directory.path)
+  assert_same(pretrained.load(to.path, dtype=dtype).model, model)
+  tensors = to.tensors()
+  assert {x.dtype for x in tensors.values()} == {jnp.dtype(dtype)}
+  kernel = np.asarray(model.blocks[1].up.kernel[...])
+  up = tensors["model.layers.1.mlp.up_proj.weight"]
+  assert up.shape == (48, 32) and up.tobytes() == kernel.T.tobytes()
+  settings = json.loads(to.config.read_text())
+  assert settings["torch_dtype"] == jnp.dtype(dtype).name
+  assert settings["dtype"] is None
+  assert to.tokenizer.read_bytes() == llama_directory.tokenizer.read_bytes()
+  # Nothing of the weights but one file, and nothing beside the directory.
+  names = {file.name for file in to.path.iterdir()}
+  assert "chat_template.jinja" in names
+  assert not names & {"pytorch_model.bin", to.index.name}
+  assert [file.name for file in (tmp_path / "out").iterdir()] == ["saved"]
+
+
+def test_minilm_is_saved_with_all_that_is_beside_it(minilm, tmp_path):
+  tmp_path = tmp_path / "saved"
+  pretrained.save(tmp_path, minilm.model, "minilm")
+  origin = pretrained.locate("minilm")
+  for name in ("config.json", "vocab.txt", "1_Pooling/config.json"):
+    assert (tmp_path / name).read_bytes() == (origin / name).read_bytes()
+  got = safetensors.load_file(tmp_path / "model.safetensors")
+  want = safetensors.load_file(origin / "model.safetensors")
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_array_equal(got[name], x)
+  modes = {file.stat().st_mode for file in tmp_path.glob("*.*")}
+  assert len(modes) == 1  # the weights too are for all to read
+
+
+def test_tied_embeddings_are_saved_twice_where_they_were(
+  llama_directory, tmp_path
+):
+  llama_directory.set(tie_word_embeddings=True)
+  tensors = llama_directory.tensors()
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  llama_directory.save(tensors)
+  model = pretrained.load(llama_directory.path).model
+  model.embed.embedding[...] *= 2
+  pretrained.save(tmp_path / "x", model, llama_directory.path)
+  assert_same(pretrained.load(tmp_path / "x").model, model)
+  saved = safetensors.load_file(tmp_path / "x" / "model.safetensors")
+  twice = 2 * tensors["lm_head.weight"]
+  np.testing.assert_array_equal(saved["lm_head.weight"], twice)
+
+
+def not_saved(directory, model, source, *parts):
+  with pytest.raises(ValueError) as raised:
+    pretrained.save(directory, model, source)
+  for part in parts:
+    assert str(part) in str(raised.value)
+
+
+def test_what_is_not_saved(llama_directory, minilm, tmp_path):
+  model, source = (
+    pretrained.load(llama_directory.path).model,
+    llama_directory.path,
+  )
+  not_saved(source, model, source, source, "exists")
+  not_saved(llama_directory.config, model, source, "exists")
+  new = tmp_path / "new"
+  not_saved(new, minilm.model, source, "must be a Llama", "got Bert")
+  model.blocks[0].up.lora = nnx.Param(jnp.ones(3))
+  not_saved(new, model, source, "blocks/0/up/lora of shape None", "got (3,)")
+  del model.blocks[0].up.lora
+  model.blocks[0].up.kernel = nnx.Param(jnp.ones((2, 48)))
+  not_saved(new, model, source, "blocks/0/up/kernel of shape (32, 48)", "(2, 4")
+  llama_directory.set(intermediate_size=40)
+  not_saved(new, model, source, "shape (40, 32)", llama_directory.config)
+  llama_directory.weights.unlink()
+  llama_directory.set(intermediate_size=48)
+  model.blocks[0].up.kernel = nnx.Param(jnp.ones((32, 48)))
+  not_saved(new, model, source, llama_directory.weights, "is missing")
+  assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_failure_leaves_no_directory(llama_directory, tmp_path, monkeypatch):
+  model = pretrained.load(llama_directory.path).model
+
+  def fail(*arguments):
+    raise OSError("no space left")
+
+  monkeypatch.setattr("os.fsync", fail)
+  with pytest.raises(OSError, match="no space left"):
+    pretrained.save(tmp_path / "new", model, llama_directory.path)
+  assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
 def test_a_decoders_tokenizer_cuts_and_pads_nothing(llama_directory):
