@@ -15,12 +15,16 @@ from sparsejax.routing.dispatchers import capacity
 from sparsejax.routing.dispatchers import capacity_of
 from sparsejax.routing.dispatchers import dropless
 from sparsejax.routing.dispatchers import limit
+from sparsejax.routing.exchange import ragged_all_to_all
 from sparsejax.routing.experts import FeedForward
 from sparsejax.routing.modules import auxiliary_loss
 from sparsejax.routing.modules import AuxiliaryLoss
 from sparsejax.routing.modules import BalanceBias
 from sparsejax.routing.modules import MoE
 from sparsejax.routing.modules import RoutingMetrics
+from sparsejax.routing.parallel import expert_parallel
+from sparsejax.routing.parallel import over_devices
+from sparsejax.routing.parallel import ring_of_experts
 from sparsejax.routing.routers import by_id
 from sparsejax.routing.routers import dense_to_sparse
 from sparsejax.routing.routers import expert_choice

@@ -30,6 +30,8 @@ class Assignment:
     token_valid: bool [tokens], False at padding, and at tokens whose logits
       hold NaN or +inf (or whose id names no expert).
     unsound: int32 scalar, how many such tokens there are.
+    choices: edges of a token, which lie side by side; None where experts chose.
+      Static.
   """
 
   token: Array
@@ -41,6 +43,7 @@ class Assignment:
   probabilities: Array
   token_valid: Array
   unsound: Array
+  choices: int | None = dataclasses.field(metadata=dict(static=True))
 
   @property
   def num_tokens(self) -> int:

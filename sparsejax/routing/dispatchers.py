@@ -51,23 +51,9 @@ def dropless(x: Array, found: Assignment, bank: Bank, params: Any) -> Array:
   Source: megablocks-dmoe, MegaBlocks, section 5; scattermoe, Scattered
   Mixture-of-Experts Implementation, section 3.
   """
-  _of_tokens(x, found)
-  # Invalid edges come last, behind all groups.
-  group = jnp.where(found.valid, found.expert, found.num_experts)
-  order = jnp.argsort(group)
-  token, weight = found.token[order], found.weight[order]
-  if getattr(bank, "fuses", False):
-    return bank(
-      params,
-      x,
-      found.sizes,
-      gather=token,
-      scatter=token,
-      num_rows=found.num_tokens,
-      row_scale=weight,
-    )
-  rows = bank(params, x[token], found.sizes)
-  return _combined(x, rows, token, weight, found.valid[order])
+  of_tokens(x, found)
+  expert = jnp.where(found.valid, found.expert, found.num_experts)
+  return run(x, found.token, expert, found.weight, found.sizes, bank, params)
 
 
 def capacity(
@@ -95,7 +81,7 @@ def capacity(
   Source: gshard-topk, GShard, section 2.2; tutel, Tutel: Adaptive
   Mixture-of-Experts at Scale, section 4.2.
   """
-  _of_tokens(x, found)
+  of_tokens(x, found)
   if size < 1:
     raise ValueError(f"size must be 1 or more, got {size}")
   experts, edges = found.num_experts, found.expert.shape[0]
@@ -110,7 +96,7 @@ def capacity(
   rows = x.at[token].get(mode="fill", fill_value=0)
   sizes = jnp.full(experts, size, jnp.int32)
   rows = bank(params, rows, sizes)
-  return _combined(x, rows, token, weight, token < found.num_tokens)
+  return combined(x, rows, token, weight, token < found.num_tokens)
 
 
 def limit(
@@ -204,15 +190,49 @@ def _places(found, order):
   return jnp.where(found.valid, place - begin[group], edges)
 
 
-def _combined(x, rows, token, weight, valid):
-  """Rows times their weights, added up by token."""
+def run(
+  x: Array,
+  token: Array,
+  expert: Array,
+  weight: Array | None,
+  sizes: Array,
+  bank: Bank,
+  params: Any,
+) -> Array:
+  """Sums the bank's rows along edges, [tokens, d of the bank].
+
+  Edges whose expert is the number of experts go nowhere; `sizes` are those of
+  the others by expert. Without weights they are 1.
+  """
+  order = jnp.argsort(expert)
+  token, expert = token[order], expert[order]
+  weight = None if weight is None else weight[order]
+  if getattr(bank, "fuses", False):
+    return bank(
+      params,
+      x,
+      sizes,
+      gather=token,
+      scatter=token,
+      num_rows=x.shape[0],
+      row_scale=weight,
+    )
+  rows = bank(params, x[token], sizes)
+  return combined(x, rows, token, weight, expert < len(sizes))
+
+
+def combined(
+  x: Array, rows: Array, token: Array, weight: Array | None, valid: Array
+) -> Array:
+  """Rows times their weights, added up by token, in the dtype of x."""
   rows = jnp.where(valid[:, None], rows, 0).astype(jnp.float32)
+  if weight is not None:
+    rows *= weight[:, None]
   y = jnp.zeros((x.shape[0], rows.shape[1]), jnp.float32)
-  y = y.at[token].add(rows * weight[:, None], mode="drop")
-  return y.astype(x.dtype)
+  return y.at[token].add(rows, mode="drop").astype(x.dtype)
 
 
-def _of_tokens(x, found):
+def of_tokens(x, found):
   if x.ndim != 2 or x.shape[0] != found.num_tokens:
     raise ValueError(
       f"x must be [{found.num_tokens}, d], the assignment's tokens, got "

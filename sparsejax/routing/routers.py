@@ -102,7 +102,7 @@ def top_k(
   valid = (best > -jnp.inf) & token_valid[:, None]
   found = _token_choice(expert, valid, p, logits, p, token_valid, unsound)
   if renormalize:
-    found = _renormalized(found, k)
+    found = _renormalized(found)
   weight = found.weight * scale
   if bias is not None:
     weight = _tied(weight, bias, load_error(found, axis_names=axis_names))
@@ -152,7 +152,7 @@ def top_p(
   found = _token_choice(
     expert, valid, probabilities, logits, probabilities, token_valid, unsound
   )
-  return _renormalized(found, k_max) if renormalize else found
+  return _renormalized(found) if renormalize else found
 
 
 def dense_to_sparse(
@@ -206,7 +206,7 @@ def dense_to_sparse(
   valid = (best > threshold) | (jnp.arange(k_max) == 0)
   valid &= token_valid[:, None]
   found = _token_choice(expert, valid, p, logits, p, token_valid, unsound)
-  return _renormalized(found, k_max) if renormalize else found
+  return _renormalized(found) if renormalize else found
 
 
 def relu(
@@ -319,6 +319,7 @@ def expert_choice(
     probabilities=p,
     token_valid=token_valid,
     unsound=unsound,
+    choices=None,
   )
 
 
@@ -471,11 +472,12 @@ def _token_choice(
     probabilities=probabilities,
     token_valid=token_valid,
     unsound=unsound,
+    choices=k,
   )
 
 
-def _renormalized(found, k):
-  weight = found.weight.reshape(-1, k)
+def _renormalized(found):
+  weight = found.weight.reshape(-1, found.choices)
   total = weight.sum(-1, keepdims=True)
   weight = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
   return dataclasses.replace(found, weight=weight.reshape(-1))
