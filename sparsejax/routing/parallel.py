@@ -146,9 +146,10 @@ def over_devices(
   *,
   tokens: str | tuple[str, ...],
   experts: str,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., Array]:
   """A dispatcher of whole arrays, which runs on shards of them.
+
+  The mesh is the one that `jax.set_mesh` set.
 
   Args:
     dispatch: `expert_parallel` or `ring_of_experts`, perhaps with settings of
@@ -156,7 +157,6 @@ def over_devices(
     tokens: mesh axes over which tokens are divided, `experts` among them.
     experts: the mesh axis over which experts and the leading dimension of their
       parameters are divided.
-    mesh: default the one that is set.
 
   Returns:
     A function of x [tokens, d], an Assignment by token choice, a bank and the
@@ -167,14 +167,14 @@ def over_devices(
   Example:
     >>> mesh = jax.make_mesh((2,), ("expert",))
     >>> dispatch = routing.over_devices(
-    ...   routing.expert_parallel, tokens="expert", experts="expert", mesh=mesh
+    ...   routing.expert_parallel, tokens="expert", experts="expert"
     ... )
     >>> bank = routing.FeedForward()
     >>> params = bank.init(jax.random.key(0), experts=4, width=8, hidden=8)
     >>> found = routing.top_k(jnp.zeros((6, 4)), 2)
-    >>> jax.jit(dispatch, static_argnums=2)(
-    ...   jnp.ones((6, 8)), found, bank, params
-    ... ).shape
+    >>> with jax.set_mesh(mesh):
+    ...   y = dispatch(jnp.ones((6, 8)), found, bank, params)
+    >>> y.shape
     (6, 8)
   """
   tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
@@ -187,7 +187,8 @@ def over_devices(
       raise ValueError(
         "found must be by token choice, got one by expert choice"
       )
-    shape = dict((mesh or jax.sharding.get_abstract_mesh()).shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = dict(mesh.shape)
     missing = [name for name in tokens if name not in shape]
     if missing:
       raise ValueError(f"mesh must have axes {tokens}, got {shape}")
@@ -210,11 +211,10 @@ def over_devices(
       jax.tree.map(lambda x: by_token if x.ndim else jax.P(), found),
       jax.tree.map(lambda x: jax.P(experts), params),
     )
-    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+    if AxisType.Explicit in mesh.axis_types:
       args = jax.tree.map(jax.sharding.reshard, args, specs)
     run = jax.shard_map(
       local,
-      mesh=mesh,
       in_specs=specs,
       out_specs=by_token,
       axis_names=set(tokens),
