@@ -7,6 +7,9 @@ gradual magnitude pruning            | sparsejax.weights.gradual_magnitude
 SET, RigL, SRigL, DST-EE             | sparsejax.weights.set_, rigl, ...
 Top-KAST                             | sparsejax.weights.top_kast
 2:4 training (SR-STE), mask decay    | sparsejax.weights.sr_ste, mask_decay
+Wanda, SparseGPT, DSnoT, OWL         | sparsejax.weights.wanda, ...
+sparse models in files               | sparsejax.weights.save, load
+what layers read, and its moments    | sparsejax.capture
 training under masks made elsewhere  | sparsejax.weights.keep_masked
 densities, churn, dead neurons       | sparsejax.weights.summary
 exact top-k, also over a whole tree  | sparsejax.select.top_k_mask
