@@ -2,14 +2,17 @@
 
 from sparsejax.routing.assignment import Assignment
 from sparsejax.routing.balancing import balance_bias
+from sparsejax.routing.balancing import chunk_sparsity
 from sparsejax.routing.balancing import concentration
 from sparsejax.routing.balancing import entropy
 from sparsejax.routing.balancing import importance
 from sparsejax.routing.balancing import load
 from sparsejax.routing.balancing import load_balance
 from sparsejax.routing.balancing import load_error
+from sparsejax.routing.balancing import locality
 from sparsejax.routing.balancing import metrics
 from sparsejax.routing.balancing import mutual_information
+from sparsejax.routing.balancing import progressive_k
 from sparsejax.routing.balancing import z_loss
 from sparsejax.routing.dispatchers import capacity
 from sparsejax.routing.dispatchers import capacity_of
@@ -17,6 +20,8 @@ from sparsejax.routing.dispatchers import dropless
 from sparsejax.routing.dispatchers import limit
 from sparsejax.routing.exchange import ragged_all_to_all
 from sparsejax.routing.experts import FeedForward
+from sparsejax.routing.experts import relu2
+from sparsejax.routing.experts import SharedExpert
 from sparsejax.routing.modules import auxiliary_loss
 from sparsejax.routing.modules import AuxiliaryLoss
 from sparsejax.routing.modules import BalanceBias
@@ -32,3 +37,5 @@ from sparsejax.routing.routers import per_chunk
 from sparsejax.routing.routers import relu
 from sparsejax.routing.routers import top_k
 from sparsejax.routing.routers import top_p
+from sparsejax.routing.soft import soft_mixture
+from sparsejax.routing.soft import SoftMoE

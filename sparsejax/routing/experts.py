@@ -4,12 +4,25 @@ from collections.abc import Callable
 import dataclasses
 from typing import ClassVar
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
 
 Array = jax.Array
+
+
+def relu2(x: Array) -> Array:
+  """The square of relu(x), an activation.
+
+  >>> routing.relu2(jnp.array([-2.0, 3.0])).tolist()
+  [0.0, 9.0]
+
+  Source: Primer: Searching for Efficient Transformers for Language Modeling,
+  section 4.
+  """
+  return jnp.square(jax.nn.relu(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +98,72 @@ class FeedForward:
       num_rows=num_rows,
       row_scale=row_scale,
     )
+
+
+class SharedExpert(nnx.Module):
+  """A feed-forward network for all tokens, beside the routed ones.
+
+  To be given to `MoE` as `shared`.
+
+  Args:
+    width: of tokens.
+    hidden: of the network.
+    activation: elementwise; one object for all calls.
+    gated: whether the network is: SwiGLU with `jax.nn.silu`.
+    output_gate: whether the output is multiplied by sigmoid(x @ weight), one
+      number a token.
+    param_dtype: of the parameters.
+    rngs: for the initial parameters.
+
+  Example:
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> shared = routing.SharedExpert(4, 8, output_gate=True, rngs=rngs)
+    >>> moe = routing.MoE(4, 8, experts=3, shared=shared, rngs=rngs)
+    >>> moe(jnp.ones((2, 5, 4))).shape
+    (2, 5, 4)
+
+  Source: DeepSeekMoE: Towards Ultimate Expert Specialization in
+  Mixture-of-Experts Language Models, section 3.2; the gate: time-moe, Time-MoE:
+  Billion-Scale Time Series Foundation Models with Mixture of Experts.
+  """
+
+  def __init__(
+    self,
+    width: int,
+    hidden: int,
+    *,
+    activation: Callable[[Array], Array] = jax.nn.silu,
+    gated: bool = True,
+    output_gate: bool = False,
+    param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    params = FeedForward().init(
+      rngs.params(),
+      experts=1,
+      width=width,
+      hidden=hidden,
+      gated=gated,
+      dtype=param_dtype,
+    )
+    self.params = nnx.data({k: nnx.Param(v[0]) for k, v in params.items()})
+    weight = None
+    if output_gate:
+      normal = jax.nn.initializers.lecun_normal()
+      weight = nnx.Param(normal(rngs.params(), (width, 1), param_dtype))
+    self.output_gate = weight
+    self.activation = activation
+
+  def __call__(self, x: Array) -> Array:
+    """Floating [..., width], like x."""
+    of = {k: v[...].astype(x.dtype) for k, v in self.params.items()}
+    hidden = x @ of["up"]
+    if "gate" in of:
+      hidden *= self.activation(x @ of["gate"])
+    else:
+      hidden = self.activation(hidden)
+    y = hidden @ of["down"]
+    if self.output_gate is not None:
+      y *= jax.nn.sigmoid(x @ self.output_gate[...].astype(x.dtype))
+    return y
