@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sparsejax.routing.automatic import automatic
+
 Array = jax.Array
 
 
@@ -25,11 +27,14 @@ class Assignment:
     weight: f32 [edges], what the expert's output is multiplied by; 0 where the
       edge is not valid. Differentiable.
     valid: bool [edges].
-    logits: f32 [tokens, experts].
-    probabilities: f32 [tokens, experts]. Differentiable.
-    token_valid: bool [tokens], False at padding, and at tokens whose logits
-      hold NaN or +inf (or whose id names no expert).
-    unsound: int32 scalar, how many such tokens there are.
+    logits: f32 [tokens, experts], -inf where not allowed.
+    probabilities: f32 [tokens, experts]: scores over their sum, so that those
+      of a token add up to 1; zeros where it does not count. Differentiable.
+    token_valid: bool [tokens], which tokens count: False at padding, at tokens
+      whose logits hold NaN or +inf, at those that may go nowhere, and where an
+      id names no expert.
+    unsound: int32 scalar, how many hold NaN or +inf (or name no expert), and
+      are not padding.
     choices: edges of a token, which lie side by side; None where experts chose.
       Static.
   """
@@ -56,10 +61,14 @@ class Assignment:
   @property
   def sizes(self) -> Array:
     """int32 [experts]: the valid edges of each."""
-    return (
-      jnp.zeros(self.num_experts, jnp.int32)
-      .at[self.expert]
-      .add(self.valid.astype(jnp.int32))
+    return self.by_expert(self.valid.astype(jnp.int32))
+
+  def by_expert(self, x: Array) -> Array:
+    """The sums of numbers [edges] by expert, [experts]."""
+    return automatic(
+      lambda x, expert: jax.ops.segment_sum(x, expert, self.num_experts),
+      x,
+      self.expert,
     )
 
   def where(self, kept: Array) -> "Assignment":

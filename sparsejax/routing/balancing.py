@@ -1,7 +1,7 @@
 """How evenly experts are used: losses, a bias without a loss, and metrics.
 
-All are functions of an `Assignment`, in f32, over its valid tokens. Under a
-sharded `jit` they are of all tokens; inside of a `shard_map` they are with
+All are functions of an `Assignment`, in f32, over the tokens that count. Under
+a sharded `jit` they are of all tokens; inside of a `shard_map` they are with
 `axis_names`, the mesh axes over which tokens are divided.
 """
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.automatic import automatic
 
 Array = jax.Array
 AxisNames = tuple[str, ...]
@@ -25,11 +26,14 @@ def load_balance(
 ) -> Array:
   """Experts times the sum of (share of edges) x (mean probability): 1 at best.
 
+  Probabilities are those of the assignment, which add up to 1; shares are of
+  all edges, so that a token may have any number of them.
+
   Args:
     found: what a router returned. Shares carry no gradient, probabilities do.
     segments: None, or int32 [tokens]: shares and means are taken in each
       segment alone (a sequence), and the loss is the mean over the segments
-      that have valid tokens.
+      that have tokens that count.
     num_segments: how many there are; given together with `segments`.
     axis_names: mesh axes over which tokens are divided, in a `shard_map`.
 
@@ -49,26 +53,31 @@ def load_balance(
     raise ValueError(
       f"num_segments must be given with segments, got {num_segments}"
     )
+  experts = found.num_experts
   if segments is None:
-    segments, num_segments = jnp.zeros(found.num_tokens, jnp.int32), 1
-  of_edge = segments[found.token]
-  add = lambda x, at: _over(
-    jax.ops.segment_sum(x, at, num_segments), axis_names
-  )
-  one_hot = jax.nn.one_hot(found.expert, found.num_experts)
-  edges = add(jnp.where(found.valid[:, None], one_hot, 0), of_edge)
-  edges /= jnp.maximum(edges.sum(-1, keepdims=True), 1)
-  valid = found.token_valid[:, None]
-  p = add(jnp.where(valid, found.probabilities, 0), segments)
-  tokens = add(found.token_valid.astype(jnp.float32), segments)
-  p /= jnp.maximum(tokens, 1)[:, None]
-  loss = found.num_experts * (edges * p).sum(-1)
-  some = tokens > 0
-  return jnp.where(some, loss, 0).sum() / jnp.maximum(some.sum(), 1)
+    edges, p = found.sizes[None], found.probabilities.sum(0)[None]
+    tokens = found.token_valid.sum()[None]
+  else:
+
+    def sums(found, segments):
+      add = lambda x, at=segments: jax.ops.segment_sum(x, at, num_segments)
+      at = segments[found.token] * experts + found.expert
+      edges = jax.ops.segment_sum(
+        found.valid.astype(jnp.int32), at, num_segments * experts
+      )
+      valid = found.token_valid.astype(jnp.int32)
+      return edges.reshape(-1, experts), add(found.probabilities), add(valid)
+
+    edges, p, tokens = automatic(sums, found, segments)
+  edges, p, tokens = (_over(x, axis_names) for x in (edges, p, tokens))
+  edges = edges.astype(jnp.float32)
+  share = edges / jnp.maximum(edges.sum(-1, keepdims=True), 1)
+  loss = experts * (share * p).sum(-1) / jnp.maximum(tokens, 1)
+  return loss.sum() / jnp.maximum((tokens > 0).sum(), 1)
 
 
 def z_loss(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
-  """The mean of the squared log-sum-exp of the logits.
+  """The mean of the squared log-sum-exp of the logits that are allowed.
 
   >>> routing.z_loss(routing.top_k(jnp.zeros((4, 1)), 1)).item()
   0.0
@@ -89,7 +98,7 @@ def importance(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
 
   Source: gshard-topk, Outrageously Large Neural Networks, equations 6 and 7.
   """
-  return _variation(_over(_sum_by_expert(found, found.weight), axis_names))
+  return _variation(_over(found.by_expert(found.weight), axis_names))
 
 
 def load(
@@ -98,6 +107,7 @@ def load(
   scale: Array | float,
   k: int,
   *,
+  threshold: str = "excluding",
   token_valid: Array | None = None,
   axis_names: AxisNames = (),
 ) -> Array:
@@ -111,7 +121,9 @@ def load(
     noise: standard normal [tokens, experts], as it was drawn.
     scale: positive, what the noise is multiplied by; [tokens, experts] or a
       scalar.
-    k: experts a token goes to, fewer than there are.
+    k: experts a token goes to.
+    threshold: what an expert must exceed to stay: "excluding", the k-th largest
+      noisy logit of the others (Shazeer), or "kth", that of all (V-MoE).
     token_valid: None, or bool [tokens].
     axis_names: mesh axes over which tokens are divided, in a `shard_map`.
 
@@ -119,22 +131,46 @@ def load(
     f32 scalar.
 
   Raises:
-    ValueError: k is not in 1 to experts - 1.
+    ValueError: for arguments that do not fit each other.
 
-  Source: gshard-topk, Outrageously Large Neural Networks, equations 8 to 10.
+  >>> logits, noise = jnp.array([[4.0, 0.0]]), jnp.zeros((1, 2))
+  >>> routing.load(logits, noise, 1.0, 1).round(3).item()
+  1.0
+
+  Source: gshard-topk, Outrageously Large Neural Networks, equations 8 to 10;
+  "kth": v-moe, Scaling Vision with Sparse Mixture of Experts, load loss.
   """
   experts = logits.shape[1]
-  if not 1 <= k < experts:
-    raise ValueError(f"k must be 1 to {experts - 1}, got {k}")
+  if not 1 <= k <= experts:
+    raise ValueError(f"k must be 1 to {experts}, got {k}")
+  if threshold not in ("excluding", "kth"):
+    raise ValueError(
+      f'threshold must be "excluding" or "kth", got {threshold!r}'
+    )
+  if noise.shape != logits.shape:
+    raise ValueError(
+      f"noise must be {list(logits.shape)}, got {list(noise.shape)}"
+    )
   logits = logits.astype(jnp.float32)
   noisy = logits + noise * scale
-  best, _ = lax.top_k(noisy, k + 1)
-  # What an expert must exceed to be among the k: of the others, the k-th.
-  inside = noisy >= best[:, k - 1 : k]
-  bar = jnp.where(inside, best[:, k : k + 1], best[:, k - 1 : k])
-  stays = jax.scipy.special.ndtr((logits - bar) / scale)
+  counted = (noisy < jnp.inf).all(-1) & (noisy > -jnp.inf).any(-1)
   if token_valid is not None:
-    stays = jnp.where(token_valid[:, None], stays, 0)
+    counted &= token_valid
+  noisy = jnp.where(counted[:, None], noisy, 0)
+  best, _ = lax.top_k(noisy, min(k + 1, experts))
+  bar = jnp.broadcast_to(best[:, k - 1 : k], noisy.shape)
+  if threshold == "excluding":
+    others = best[:, k:] if k < experts else -jnp.inf
+    bar = jnp.where(noisy >= bar, others, bar)
+  # Without a bar it stays; what is not allowed does not.
+  plain = counted[:, None] & (logits > -jnp.inf) & (bar > -jnp.inf)
+  above = jnp.where(plain, logits, 0) - jnp.where(plain, bar, 0)
+  above /= jnp.where(plain, scale, 1)
+  stays = jnp.where(
+    plain,
+    jax.scipy.special.ndtr(above),
+    counted[:, None] & (logits > -jnp.inf),
+  )
   return _variation(_over(stays.sum(0), axis_names))
 
 
@@ -178,6 +214,125 @@ def concentration(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
   return _entropy(_mean_over_tokens(found, found.probabilities, axis_names))
 
 
+def locality(
+  found: Assignment,
+  *,
+  steepness: float = 100.0,
+  segments: Array | None = None,
+) -> Array:
+  """How unlike the experts of neighbors are: falls as they grow alike.
+
+  The cross-entropy between sigmoid(steepness x logits) of each token, the
+  prediction, and of the next one, the target; the mean over pairs and experts.
+  Both have gradients. To be used with `relu`, for which logits above 0 are
+  experts that are active.
+
+  Args:
+    found: what a router returned.
+    steepness: of the sigmoid.
+    segments: None, or int32 [tokens], such as the number of a sequence: tokens
+      of different ones are no neighbors.
+
+  Returns:
+    f32 scalar. Inside of a `shard_map` it is of the device's own pairs.
+
+  >>> logits = jnp.array([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])
+  >>> routing.locality(routing.relu(logits)).item()
+  50.0
+
+  Source: blockffn, BlockFFN: Towards End-Side Acceleration-Friendly
+  Mixture-of-Experts with Chunk-Level Activation Sparsity, section 3.2.
+  """
+  if segments is None:
+    segments = jnp.zeros_like(found.token_valid, jnp.int32)
+
+  def mean(logits, counted, segments):
+    pair = counted[:-1] & counted[1:] & (segments[:-1] == segments[1:])
+    allowed = (logits > -jnp.inf)[:-1] & (logits > -jnp.inf)[1:]
+    keep = pair[:, None] & allowed
+    first, second = (
+      steepness * jnp.where(keep, x, 0) for x in (logits[:-1], logits[1:])
+    )
+    target = jax.nn.sigmoid(second)
+    loss = jax.nn.softplus(first) - target * first
+    total = jnp.where(keep, loss, 0).sum() / logits.shape[1]
+    return total / jnp.maximum(pair.sum(), 1)
+
+  return automatic(mean, found.logits, found.token_valid, segments)
+
+
+def chunk_sparsity(found: Assignment, size: int) -> Array:
+  """How many of the experts a chunk of tokens needs, as a mean probability.
+
+  Of an expert 1 - the product over the chunk of (1 - probability), the mean
+  over chunks and experts. Chunks without a token that counts do not enter.
+
+  Args:
+    found: what a router returned, such as `relu`.
+    size: tokens of a chunk, which divides those there are.
+
+  Returns:
+    f32 scalar.
+
+  Raises:
+    ValueError: size does not divide the tokens.
+
+  >>> logits = jnp.array([[1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+  >>> routing.chunk_sparsity(routing.relu(logits), 2).item()
+  0.625
+
+  Source: blockffn, BlockFFN: Towards End-Side Acceleration-Friendly
+  Mixture-of-Experts with Chunk-Level Activation Sparsity, section 3.2. There is
+  no epsilon.
+  """
+  tokens, experts = found.probabilities.shape
+  if size < 1 or tokens % size:
+    raise ValueError(f"size must divide the {tokens} tokens, got {size}")
+
+  def mean(p, counted):
+    idle = jnp.prod(1 - p.reshape(-1, size, experts), axis=1)
+    some = counted.reshape(-1, size).any(-1)
+    total = jnp.where(some, (1 - idle).mean(-1), 0).sum()
+    return total / jnp.maximum(some.sum(), 1)
+
+  return automatic(mean, found.probabilities, found.token_valid)
+
+
+def progressive_k(
+  layer: int, step: Array | int, *, early: tuple[int, ...], late: int, at: int
+) -> Array | int:
+  """How many experts a token goes to in a layer, early and late in training.
+
+  The lower layers, whose load is harder to balance, begin with more experts.
+
+  Args:
+    layer: number of the layer, from 0.
+    step: of training, an int or a traced scalar.
+    early: experts before step `at` in the first layers; the others have `late`.
+    late: experts from step `at` on, in all layers.
+    at: step.
+
+  Returns:
+    An int for an int: a new one compiles anew, with fewer edges. For a traced
+    step int32, which shapes cannot depend on; compiled once with the largest k,
+    later edges are cut off, `found.where(found.rank < k)`.
+
+  >>> k = lambda step: [
+  ...   progressive_k(layer, step, early=(8, 4, 2), late=1, at=900)
+  ...   for layer in range(4)
+  ... ]
+  >>> k(0), k(900)
+  ([8, 4, 2, 1], [1, 1, 1, 1])
+
+  Source: sigma-moe-tiny, Sigma-Moe-Tiny Technical Report, progressive
+  sparsification schedule.
+  """
+  first = early[layer] if layer < len(early) else late
+  if isinstance(step, int):
+    return first if step < at else late
+  return jnp.where(step < at, first, late)
+
+
 def load_error(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
   """f32 [experts]: an expert's share of the edges, less an equal share.
 
@@ -185,11 +340,11 @@ def load_error(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
   >>> routing.load_error(found).tolist()
   [0.5, -0.5]
   """
-  sizes = _over(found.sizes.astype(jnp.float32), axis_names)
-  total = sizes.sum()
-  return jnp.where(
-    total > 0, sizes / jnp.maximum(total, 1) - 1 / found.num_experts, 0
-  )
+  sizes = _over(found.sizes, axis_names)
+  total = sizes.sum().astype(jnp.float32)
+  # Exactly 0 at an equal share, also where division is not exact.
+  error = sizes.astype(jnp.float32) * found.num_experts - total
+  return error / (jnp.maximum(total, 1) * found.num_experts)
 
 
 def balance_bias(
@@ -233,28 +388,31 @@ def metrics(
     load: f32 [experts], shares of the valid edges;
     max_violation: the largest load over an equal one, less 1 (MaxVio);
     entropy: of the loads, over its maximum: 1 where they are equal;
-    edges: valid edges a valid token;
-    unrouted: the share of valid tokens without a valid edge;
+    edges: valid edges a token that counts;
+    unrouted: the share of the tokens that count without a valid edge;
     unsound: tokens whose logits hold NaN or +inf.
 
   >>> found = routing.top_k(jnp.array([[1.0, 0.0], [2.0, 0.0]]), 1)
   >>> routing.metrics(found)["max_violation"].item()
   1.0
   """
-  shares = load_error(found, axis_names=axis_names) + 1 / found.num_experts
-  number = _over(found.token_valid.sum(dtype=jnp.float32), axis_names)
-  edges = _over(found.valid.sum(dtype=jnp.float32), axis_names)
-  of_token = jnp.zeros(found.num_tokens, bool).at[found.token].max(found.valid)
-  without = _over(
-    (found.token_valid & ~of_token).sum(dtype=jnp.float32), axis_names
+  number = lambda x: _over(x.sum(), axis_names).astype(jnp.float32)
+  sizes = _over(found.sizes, axis_names).astype(jnp.float32)
+  edges, experts = sizes.sum(), found.num_experts
+  shares = sizes / jnp.maximum(edges, 1)
+  tokens = jnp.maximum(number(found.token_valid), 1)
+  routed = automatic(
+    lambda found: (
+      jnp.zeros(found.num_tokens, bool).at[found.token].max(found.valid).sum()
+    ),
+    found,
   )
-  number = jnp.maximum(number, 1)
   return {
     "load": shares,
-    "max_violation": shares.max() * found.num_experts - 1,
-    "entropy": _entropy(shares) / jnp.log(max(found.num_experts, 2)),
-    "edges": edges / number,
-    "unrouted": without / number,
+    "max_violation": jnp.where(edges > 0, shares.max() * experts - 1, 0),
+    "entropy": _entropy(shares) / jnp.log(max(experts, 2)),
+    "edges": edges / tokens,
+    "unrouted": number(found.token_valid.sum() - routed) / tokens,
     "unsound": _over(found.unsound, axis_names),
   }
 
@@ -270,13 +428,9 @@ def _mean_over_tokens(found, x, axis_names):
   return total / jnp.maximum(number, 1)
 
 
-def _sum_by_expert(found, x):
-  return jnp.zeros(found.num_experts, jnp.float32).at[found.expert].add(x)
-
-
 def _variation(x):
   mean = x.mean()
-  return jnp.where(mean > 0, x.var() / jnp.where(mean > 0, mean, 1) ** 2, 0)
+  return jnp.where(mean != 0, x.var() / jnp.where(mean != 0, mean, 1) ** 2, 0)
 
 
 def _entropy(p):

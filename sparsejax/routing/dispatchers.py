@@ -10,13 +10,16 @@ to read rows where they are and add them where they belong; see `experts.py`.
 """
 
 from collections.abc import Callable
+import fractions
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sparsejax import sharding
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.automatic import automatic
 
 Array = jax.Array
 Bank = Callable[..., Array]
@@ -85,18 +88,20 @@ def capacity(
   if size < 1:
     raise ValueError(f"size must be 1 or more, got {size}")
   experts, edges = found.num_experts, found.expert.shape[0]
-  slot = _places(found, jnp.arange(edges))
-  slot = jnp.where(slot < size, found.expert * size + slot, experts * size)
-  # The edge of each slot; a row of zeros where there is none.
-  edge = jnp.full(experts * size, edges, jnp.int32)
-  edge = edge.at[slot].set(jnp.arange(edges, dtype=jnp.int32), mode="drop")
-  of_slot = lambda x, other: x.at[edge].get(mode="fill", fill_value=other)
-  token = of_slot(found.token, found.num_tokens)
-  weight = of_slot(found.weight, 0)
-  rows = x.at[token].get(mode="fill", fill_value=0)
-  sizes = jnp.full(experts, size, jnp.int32)
-  rows = bank(params, rows, sizes)
-  return combined(x, rows, token, weight, token < found.num_tokens)
+
+  def fill(x, found):
+    slot = places(found, jnp.arange(edges))
+    slot = jnp.where(slot < size, found.expert * size + slot, experts * size)
+    # The edge of each slot; a row of zeros where there is none.
+    edge = jnp.full(experts * size, edges, jnp.int32)
+    edge = edge.at[slot].set(jnp.arange(edges, dtype=jnp.int32), mode="drop")
+    of_slot = lambda x, other: x.at[edge].get(mode="fill", fill_value=other)
+    token = of_slot(found.token, found.num_tokens)
+    return rows_of(x, token), token, of_slot(found.weight, 0)
+
+  rows, token, weight = automatic(fill, x, found)
+  rows = bank(params, rows, jnp.full(experts, size, jnp.int32))
+  return combined(x, rows, token, weight)
 
 
 def limit(
@@ -145,49 +150,58 @@ def limit(
       f'uniform must be given with priority="random" alone, got {priority!r} '
       f"and {None if uniform is None else uniform.shape}"
     )
-  first = jnp.zeros(found.num_tokens)  # higher goes before
-  if priority == "weight":
-    first = first.at[found.token].max(jax.lax.stop_gradient(found.weight))
-  elif priority == "random":
-    if uniform.shape != (found.num_tokens,):
-      raise ValueError(
-        f"uniform must be [{found.num_tokens}], got {uniform.shape}"
-      )
-    first = uniform
-  keys = (found.token, -first[found.token], found.rank)  # the last counts most
-  order = jnp.lexsort(keys)
-  place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-  kept = found.where(_places(found, place) < size)
+  if priority == "random" and uniform.shape != (found.num_tokens,):
+    raise ValueError(
+      f"uniform must be [{found.num_tokens}], got {uniform.shape}"
+    )
+
+  def keep(found, uniform):
+    edges = jnp.arange(found.expert.shape[0])
+    if found.choices is None:  # an expert's lie in the order of their ranks
+      return places(found, edges) < size
+    by_token = edges.reshape(-1, found.choices)
+    if priority == "random":
+      by_token = by_token[jnp.argsort(-uniform)]
+    elif priority == "weight":
+      weight = jnp.where(found.valid, found.weight, -jnp.inf)
+      by_token = by_token[jnp.argsort(-weight[by_token].max(-1))]
+    return places(found, by_token.T.reshape(-1)) < size
+
+  fixed = jax.tree.map(jax.lax.stop_gradient, found)
+  kept = found.where(automatic(keep, fixed, uniform, out=found.valid))
   valid = found.valid.sum()
-  dropped = 1 - kept.valid.sum() / jnp.maximum(valid, 1)
-  return kept, jnp.where(valid > 0, dropped, 0).astype(jnp.float32)
+  dropped = (valid - kept.valid.sum()) / jnp.maximum(valid, 1)
+  return kept, dropped.astype(jnp.float32)
 
 
 def capacity_of(edges: int, num_experts: int, factor: float) -> int:
   """The size at which experts could take `factor` times the edges, rounded up.
 
-  >>> routing.capacity_of(4096 * 2, 64, 1.25)
-  160
+  The factor is the decimal number that it prints as.
+
+  >>> routing.capacity_of(4096 * 2, 64, 1.25), routing.capacity_of(100, 1, 1.1)
+  (160, 110)
   """
   if num_experts < 1 or not factor > 0:
     raise ValueError(
       f"num_experts and factor must be positive, got {num_experts}, {factor}"
     )
-  return max(1, math.ceil(factor * edges / num_experts))
+  exact = fractions.Fraction(str(float(factor)))
+  return max(1, math.ceil(exact * edges / num_experts))
 
 
-def _places(found, order):
-  """Each edge's place among the valid edges of its expert, in that order.
+def places(found: Assignment, order: Array) -> Array:
+  """Each edge's place among the valid edges of its expert.
 
-  Edges that are not valid have places behind all others.
+  They are counted in the order in which `order` lists the edges. Edges that are
+  not valid have places behind all others.
   """
   edges = found.expert.shape[0]
   group = jnp.where(found.valid, found.expert, found.num_experts)
-  by_expert = jnp.lexsort((order, group))
-  sizes = found.sizes
-  begin = jnp.concatenate([jnp.cumsum(sizes) - sizes, jnp.zeros(1, jnp.int32)])
+  by_expert = order[jnp.argsort(group[order])]
+  begin = jnp.cumsum(found.sizes) - found.sizes
   place = jnp.zeros(edges, jnp.int32).at[by_expert].set(jnp.arange(edges))
-  return jnp.where(found.valid, place - begin[group], edges)
+  return jnp.where(found.valid, place - begin[found.expert], edges)
 
 
 def run(
@@ -204,11 +218,16 @@ def run(
   Edges whose expert is the number of experts go nowhere; `sizes` are those of
   the others by expert. Without weights they are 1.
   """
-  order = jnp.argsort(expert)
-  token, expert = token[order], expert[order]
-  weight = None if weight is None else weight[order]
+
+  def by_expert(*lists):
+    order = jnp.argsort(lists[1])
+    return jax.tree.map(lambda x: x[order], lists)
+
+  token, expert, weight = automatic(
+    by_expert, token, expert, weight, out=expert
+  )
   if getattr(bank, "fuses", False):
-    return bank(
+    y = bank(
       params,
       x,
       sizes,
@@ -217,19 +236,37 @@ def run(
       num_rows=x.shape[0],
       row_scale=weight,
     )
-  rows = bank(params, x[token], sizes)
-  return combined(x, rows, token, weight, expert < len(sizes))
+    return sharding.like(y, x)
+  # A row that is not to be processed may hold anything, which must not reach
+  # the gradients of the parameters.
+  token = jnp.where(expert < len(sizes), token, len(x))
+  return combined(
+    x, bank(params, automatic(rows_of, x, token), sizes), token, weight
+  )
+
+
+def rows_of(x: Array, token: Array) -> Array:
+  """The rows of tokens; zeros where a token does not exist."""
+  return x.at[token].get(mode="fill", fill_value=0)
 
 
 def combined(
-  x: Array, rows: Array, token: Array, weight: Array | None, valid: Array
+  x: Array, rows: Array, token: Array, weight: Array | None
 ) -> Array:
-  """Rows times their weights, added up by token, in the dtype of x."""
-  rows = jnp.where(valid[:, None], rows, 0).astype(jnp.float32)
-  if weight is not None:
-    rows *= weight[:, None]
-  y = jnp.zeros((x.shape[0], rows.shape[1]), jnp.float32)
-  return y.at[token].add(rows, mode="drop").astype(x.dtype)
+  """Rows times their weights, added up by token, in the dtype of x.
+
+  Whatever the rows of tokens that do not exist hold, it goes nowhere.
+  """
+
+  def add(rows, token, weight):
+    exists = (token < x.shape[0])[:, None]
+    rows = jnp.where(exists, rows, 0).astype(jnp.float32)
+    if weight is not None:
+      rows *= weight[:, None]
+    y = jnp.zeros((x.shape[0], rows.shape[1]), jnp.float32)
+    return y.at[token].add(rows, mode="drop").astype(x.dtype)
+
+  return automatic(add, rows, token, weight, out=x)
 
 
 def of_tokens(x, found):

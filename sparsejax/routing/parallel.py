@@ -48,26 +48,31 @@ def expert_parallel(
     params: of this device's experts.
     axis_name: the mesh axis over which experts are divided.
     size: None, where a device must be able to take all edges of all others; or
-      the most edges that an expert gets from a device, which `limit` with this
-      size has seen to: buffers are smaller then.
+      the most edges that an expert gets from a device: buffers are smaller
+      then. What is beyond must have been dropped by `limit`: as in `capacity`
+      it counts for nothing here.
 
   Returns:
     [tokens, d of the bank] in the dtype of x.
 
   Raises:
-    ValueError: devices do not divide the experts, or x is not of the
-      assignment's tokens.
+    ValueError: devices do not divide the experts, x is not of the assignment's
+      tokens, or size is not positive.
 
   Source: tutel, Tutel: Adaptive Mixture-of-Experts at Scale, section 2.1.
   """
   local = _local_experts(x, found, axis_name)
-  devices, experts = found.num_experts // local, found.num_experts
-  group = jnp.where(found.valid, found.expert, experts)
-  order = jnp.argsort(group)
-  token, weight = found.token[order], found.weight[order]
-  rows = x.at[token].get(mode="clip")
-  edges = len(token)
-  room = edges if size is None else min(edges, size * local)
+  devices, edges = found.num_experts // local, found.expert.shape[0]
+  room = edges
+  if size is not None:
+    if size < 1:
+      raise ValueError(f"size must be 1 or more, got {size}")
+    room = min(edges, size * local)
+    found = found.where(dispatchers.places(found, jnp.arange(edges)) < size)
+  order = jnp.argsort(jnp.where(found.valid, found.expert, found.num_experts))
+  token = jnp.where(found.valid, found.token, found.num_tokens)[order]
+  weight = found.weight[order]
+  rows = dispatchers.rows_of(x, token)
 
   # Rows from each device for each expert; where slices begin on both sides.
   sizes = lax.all_gather(found.sizes, axis_name).reshape(
@@ -105,7 +110,7 @@ def expert_parallel(
   returned = exchange.ragged_all_to_all(
     out, returned, *back, axis_name=axis_name
   )
-  return dispatchers.combined(x, returned, token, weight, found.valid[order])
+  return dispatchers.combined(x, returned, token, weight)
 
 
 def ring_of_experts(
@@ -145,7 +150,7 @@ def over_devices(
   dispatch: Callable[..., Array],
   *,
   tokens: str | tuple[str, ...],
-  experts: str,
+  experts: str | None,
 ) -> Callable[..., Array]:
   """A dispatcher of whole arrays, which runs on shards of them.
 
@@ -153,10 +158,10 @@ def over_devices(
 
   Args:
     dispatch: `expert_parallel` or `ring_of_experts`, perhaps with settings of
-      its own.
+      its own; with experts=None one for a single device, such as `dropless`.
     tokens: mesh axes over which tokens are divided, `experts` among them.
     experts: the mesh axis over which experts and the leading dimension of their
-      parameters are divided.
+      parameters are divided; None, where every device has all of them.
 
   Returns:
     A function of x [tokens, d], an Assignment by token choice, a bank and the
@@ -178,7 +183,7 @@ def over_devices(
     (6, 8)
   """
   tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
-  if experts not in tokens:
+  if experts is not None and experts not in tokens:
     raise ValueError(f"tokens must have {experts!r} among them, got {tokens}")
 
   def whole(x: Array, found: Assignment, bank: Bank, params: Any) -> Array:
@@ -202,14 +207,15 @@ def over_devices(
     def local(x, found, params):
       first = lax.axis_index(tokens) * found.num_tokens
       found = dataclasses.replace(found, token=found.token - first)
-      return dispatch(x, found, bank, params, axis_name=experts)
+      along = {} if experts is None else {"axis_name": experts}
+      return dispatch(x, found, bank, params, **along)
 
     by_token = jax.P(tokens)
     args = (x, found, params)
     specs = (
       by_token,
       jax.tree.map(lambda x: by_token if x.ndim else jax.P(), found),
-      jax.tree.map(lambda x: jax.P(experts), params),
+      jax.tree.map(lambda x: jax.P(experts) if experts else jax.P(), params),
     )
     if AxisType.Explicit in mesh.axis_types:
       args = jax.tree.map(jax.sharding.reshard, args, specs)

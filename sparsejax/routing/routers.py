@@ -1,8 +1,10 @@
 """Routers: functions of logits, or of ids, that return an `Assignment`.
 
 Choices carry no gradient, weights do. Of equal scores the lower expert, then
-the lower token, is chosen. A token whose logits hold NaN or +inf goes nowhere,
-as padding does; `metrics` counts such tokens.
+the lower token, is chosen. An expert whose logit is -inf is not allowed, and
+never chosen. A token goes nowhere, and counts in no loss or statistic, where
+it is padding, where nothing is allowed, and where a logit is NaN or +inf;
+`metrics` counts the last ones.
 
 Several further routers are one line:
 
@@ -10,7 +12,9 @@ Several further routers are one line:
 - Noisy top-k (Shazeer): `top_k(logits + noise * jax.nn.softplus(noise_logits),
   k)` with `noise` of `jax.random.normal`; V-MoE: `noise / num_experts`.
 - By modality (mixture of transformers): `by_id(modality, num_experts)`.
-- Hash layers: `by_id(table[token_ids], num_experts)`.
+- Hash layers: `by_id(table[token_ids], num_experts)`, with
+  `table.at[token_ids].get(mode="fill", fill_value=-1)` where an id may be
+  beyond the table.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.automatic import automatic
 from sparsejax.routing.balancing import load_error
 
 Array = jax.Array
@@ -36,6 +41,7 @@ def top_k(
   allowed: Array | None = None,
   forced: Array | None = None,
   groups: tuple[int, int] | None = None,
+  group_best: int = 2,
   token_valid: Array | None = None,
   axis_names: tuple[str, ...] = (),
 ) -> Assignment:
@@ -51,17 +57,22 @@ def top_k(
     bias: None, or f32 [experts], added to the scores to choose by, and not to
       the weights. Its cotangent is `load_error`, whatever the loss: with
       `balance_bias`, balancing without an auxiliary loss.
-    allowed: None, or bool [experts] or [tokens, experts]: others are never
-      chosen. Where fewer than k are allowed, edges are left invalid.
-    forced: None, or bool [experts]: chosen first, in order, k of them at most.
+    allowed: None, or bool [experts] or [tokens, experts]: others are as if
+      their logits were -inf. Where fewer than k are allowed, edges are left
+      invalid.
+    forced: None, or bool [experts] or [tokens, experts]: where allowed, chosen
+      first, in order, whatever their group; k of them at most.
     groups: None, or (number, kept): experts lie in so many equal groups, and a
-      token keeps those whose two best scores have the largest sums.
+      token keeps those whose best scores, with the bias, have the largest sums.
+    group_best: how many of a group are summed: 2 as in DeepSeek-V3, 1 as in
+      DeepSeek-V2.
     token_valid: None, or bool [tokens]: padding goes nowhere.
     axis_names: mesh axes over which tokens are divided, inside of a
       `shard_map`; of use with `bias` only.
 
   Returns:
-    An Assignment of tokens x k edges, a token's in falling order of scores.
+    An Assignment of tokens x k edges, a token's in the order in which they are
+    chosen.
 
   Raises:
     ValueError: for arguments that do not fit each other.
@@ -75,34 +86,34 @@ def top_k(
   Source: gshard-topk, Outrageously Large Neural Networks, section 2.1; groups
   and bias: DeepSeek-V3 Technical Report, section 2.1.2.
   """
-  logits, token_valid, unsound = _checked(logits, token_valid)
+  logits, token_valid, unsound = _checked(logits, token_valid, allowed)
   tokens, experts = logits.shape
   _between("k", k, 1, experts)
   if scores not in ("softmax", "sigmoid"):
     raise ValueError(f'scores must be "softmax" or "sigmoid", got {scores!r}')
-  may = jnp.ones(logits.shape, bool)
-  if allowed is not None:
-    _fits("allowed", allowed, bool, (experts,), (tokens, experts))
-    may &= allowed
-  if scores == "softmax":
-    p = _softmax(logits, may)
-  else:
-    p = jnp.where(may, jax.nn.sigmoid(logits), 0)
-  choose_by = lax.stop_gradient(p)
+  log = jax.nn.log_sigmoid if scores == "sigmoid" else lambda x: x
+  share = p = jax.nn.softmax(log(logits))
+  if scores == "sigmoid":
+    p = jax.nn.sigmoid(logits)
+  merit = p
   if bias is not None:
     _fits("bias", bias, jnp.float32, (experts,))
-    choose_by += lax.stop_gradient(bias)
+    merit = p + bias
+  may = logits > -jnp.inf
+  # Rounded, probabilities have ties that logits have not.
+  choose_by = jnp.where(may, logits if bias is None else merit, -jnp.inf)
   if groups is not None:
-    may &= _in_best_groups(jnp.where(may, choose_by, -jnp.inf), groups)
-  choose_by = jnp.where(may, choose_by, -jnp.inf)
+    merit = jnp.where(may, lax.stop_gradient(merit), -jnp.inf)
+    inside = _in_best_groups(merit, groups, group_best)
+    choose_by = jnp.where(inside, choose_by, -jnp.inf)
   if forced is not None:
-    _fits("forced", forced, bool, (experts,))
+    _fits("forced", forced, bool, (experts,), (tokens, experts))
     choose_by = jnp.where(may & forced, jnp.inf, choose_by)
-  best, expert = lax.top_k(choose_by, k)
+  best, expert = _best(choose_by, k)
   valid = (best > -jnp.inf) & token_valid[:, None]
-  found = _token_choice(expert, valid, p, logits, p, token_valid, unsound)
+  found = _token_choice(expert, valid, p, logits, share, token_valid, unsound)
   if renormalize:
-    found = _renormalized(found)
+    found = _renormalized(found, logits, log)
   weight = found.weight * scale
   if bias is not None:
     weight = _tied(weight, bias, load_error(found, axis_names=axis_names))
@@ -122,7 +133,8 @@ def top_p(
   Args:
     logits: floating [tokens, experts].
     p: in (0, 1]; the experts of the highest probabilities are taken until their
-      sum reaches it.
+      sum reaches it, or comes closer than a millionth of it, which is what f32
+      cannot tell apart. At 1 all are taken that are allowed.
     k_max: experts a token goes to at most.
     renormalize: whether the weights of a token are divided by their sum.
     token_valid: None, or bool [tokens]: padding goes nowhere.
@@ -145,14 +157,19 @@ def top_p(
   _between("k_max", k_max, 1, logits.shape[1])
   if not 0 < p <= 1:
     raise ValueError(f"p must be in (0, 1], got {p}")
-  probabilities = jax.nn.softmax(logits)
-  best, expert = lax.top_k(lax.stop_gradient(probabilities), k_max)
-  before = jnp.cumsum(best, -1) - best
-  valid = (before < p) & token_valid[:, None]
+  best, expert = _best(logits, k_max)
+  valid = (best > -jnp.inf) & token_valid[:, None]
+  if p < 1:
+    # Relative to the largest, so that sums of equal ones are exact.
+    total = jnp.exp(logits - best[:, :1]).sum(-1, keepdims=True)
+    sums = jnp.cumsum(jnp.exp(best - best[:, :1]), -1)
+    before = jnp.pad(sums[:, :-1], ((0, 0), (1, 0)))
+    valid &= before < p * (1 - 1e-6) * total
+  share = jax.nn.softmax(logits)
   found = _token_choice(
-    expert, valid, probabilities, logits, probabilities, token_valid, unsound
+    expert, valid, share, logits, share, token_valid, unsound
   )
-  return _renormalized(found) if renormalize else found
+  return _renormalized(found, logits) if renormalize else found
 
 
 def dense_to_sparse(
@@ -170,6 +187,7 @@ def dense_to_sparse(
   Args:
     logits: floating [tokens, experts].
     temperature: positive, of the softmax; from about 2 to 0.3 over training.
+      Not checked where it is traced.
     threshold: the probability that an expert must exceed. The best is taken in
       any case.
     gumbel: None, or noise [tokens, experts] of `jax.random.gumbel`.
@@ -192,21 +210,26 @@ def dense_to_sparse(
   Source: evomoe, EvoMoE: An Evolutional Mixture-of-Experts Training Framework
   via Dense-To-Sparse Gate, equations 4 to 6.
   """
-  logits, token_valid, unsound = _checked(logits, token_valid)
+  noisy = logits
+  if gumbel is not None:
+    _fits("gumbel", gumbel, jnp.floating, logits.shape)
+    noisy = logits + gumbel
+  noisy, token_valid, unsound = _checked(noisy, token_valid)
   k_max = logits.shape[1] if k_max is None else k_max
   _between("k_max", k_max, 1, logits.shape[1])
   if not 0 <= threshold < 1:
     raise ValueError(f"threshold must be in [0, 1), got {threshold}")
-  noisy = logits
-  if gumbel is not None:
-    _fits("gumbel", gumbel, jnp.floating, logits.shape)
-    noisy += gumbel.astype(jnp.float32)
-  p = jax.nn.softmax(noisy / temperature)
-  best, expert = lax.top_k(lax.stop_gradient(p), k_max)
-  valid = (best > threshold) | (jnp.arange(k_max) == 0)
-  valid &= token_valid[:, None]
+  if isinstance(temperature, int | float) and not temperature > 0:
+    raise ValueError(f"temperature must be positive, got {temperature}")
+  noisy = noisy / temperature
+  p = jax.nn.softmax(noisy)
+  best, expert = _best(noisy, k_max)
+  above = lax.stop_gradient(jnp.take_along_axis(p, expert, axis=1)) > threshold
+  valid = above | (jnp.arange(k_max) == 0)
+  valid &= (best > -jnp.inf) & token_valid[:, None]
+  logits = jnp.where(token_valid[:, None], logits.astype(jnp.float32), 0)
   found = _token_choice(expert, valid, p, logits, p, token_valid, unsound)
-  return _renormalized(found) if renormalize else found
+  return _renormalized(found, noisy) if renormalize else found
 
 
 def relu(
@@ -219,13 +242,12 @@ def relu(
 ) -> Assignment:
   """Each token goes to the experts whose logits are positive.
 
-  Weights are relu(logits) over their root mean square, times a gain. The
-  `probabilities` of what is returned are relu(logits).
+  Weights are relu(logits) over their root mean square, times a gain.
 
   Args:
     logits: floating [tokens, experts].
     gain: None, or floating [experts].
-    epsilon: added to the mean square.
+    epsilon: positive, added to the mean square.
     k_max: experts a token goes to at most, default all of them.
     token_valid: None, or bool [tokens]: padding goes nowhere.
 
@@ -246,15 +268,19 @@ def relu(
   logits, token_valid, unsound = _checked(logits, token_valid)
   k_max = logits.shape[1] if k_max is None else k_max
   _between("k_max", k_max, 1, logits.shape[1])
+  if not epsilon > 0:
+    raise ValueError(f"epsilon must be positive, got {epsilon}")
   gate = jax.nn.relu(logits)
   weight = gate * lax.rsqrt((gate**2).mean(-1, keepdims=True) + epsilon)
   if gain is not None:
     _fits("gain", gain, jnp.floating, logits.shape[1:])
     weight *= gain.astype(jnp.float32)
-  best, expert = lax.top_k(lax.stop_gradient(gate), k_max)
+  best, expert = _best(gate, k_max)
   valid = (best > 0) & token_valid[:, None]
+  total = gate.sum(-1, keepdims=True)
+  share = gate / jnp.where(total > 0, total, 1)
   return _token_choice(
-    expert, valid, weight, logits, gate, token_valid, unsound
+    expert, valid, weight, logits, share, token_valid, unsound
   )
 
 
@@ -304,19 +330,26 @@ def expert_choice(
   if scores not in of:
     raise ValueError(f"scores must be one of {', '.join(of)}, got {scores!r}")
   p = of[scores](logits)
-  choose_by = jnp.where(token_valid[:, None], lax.stop_gradient(p), -jnp.inf)
-  best, token = lax.top_k(choose_by.T, capacity)
-  valid = (best > -jnp.inf).reshape(-1)
-  weight = jnp.take_along_axis(p.T, token, axis=1).reshape(-1)
+  log = jax.nn.log_sigmoid if scores == "sigmoid" else lambda x: x
+  share = jnp.where(token_valid[:, None], jax.nn.softmax(log(logits)), 0)
+  may = (logits > -jnp.inf) & token_valid[:, None]
+  by = jnp.where(may, p if scores == "softmax" else logits, -jnp.inf)
+
+  def take(by, p):
+    best, token = _best(by.T, capacity)
+    return best, token, jnp.take_along_axis(p.T, token, axis=1)
+
+  best, token, weight = automatic(take, by, p)
+  valid = best > -jnp.inf
   across = lambda x: jnp.broadcast_to(x, (experts, capacity)).reshape(-1)
   return Assignment(
     token=token.reshape(-1),
     expert=across(jnp.arange(experts)[:, None]),
     rank=across(jnp.arange(capacity)),
-    weight=jnp.where(valid, weight, 0),
-    valid=valid,
+    weight=jnp.where(valid, weight, 0).reshape(-1),
+    valid=valid.reshape(-1),
     logits=logits,
-    probabilities=p,
+    probabilities=share,
     token_valid=token_valid,
     unsound=unsound,
     choices=None,
@@ -376,11 +409,13 @@ def per_chunk(
 ) -> Array:
   """The mean logits of each chunk, for all of its tokens.
 
-  What any router makes of them is one choice a chunk, or a sample.
+  What any router makes of them is one choice a chunk, or a sample. A token
+  whose logits hold NaN or +inf keeps them, and does not count.
 
   Args:
     logits: floating [tokens, experts].
-    chunk: int32 [tokens]: which chunk a token is of.
+    chunk: int32 [tokens]: which chunk a token is of; where that is out of
+      range, logits are -inf.
     num_chunks: how many there are.
     token_valid: None, or bool [tokens]: padding does not count.
 
@@ -390,26 +425,31 @@ def per_chunk(
   Raises:
     ValueError: for arguments that do not fit each other.
 
-  >>> logits = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
-  >>> routing.per_chunk(logits, jnp.array([0, 0, 1]), 2).tolist()
-  [[2.0, 0.0], [2.0, 0.0], [0.0, 5.0]]
+  Example:
+    >>> logits = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    >>> routing.per_chunk(logits, jnp.array([0, 0, 1]), 2).tolist()
+    [[2.0, 0.0], [2.0, 0.0], [0.0, 5.0]]
   """
-  if logits.ndim != 2:
-    raise ValueError(f"logits must be [tokens, experts], got {logits.shape}")
+  clean, counted, _ = _checked(logits, token_valid)
   _fits("chunk", chunk, jnp.integer, logits.shape[:1])
-  counts = jnp.ones(chunk.shape, jnp.float32)
-  logits = logits.astype(jnp.float32)
-  if token_valid is not None:
-    _fits("token_valid", token_valid, bool, chunk.shape)
-    counts = token_valid.astype(jnp.float32)
-    logits = jnp.where(token_valid[:, None], logits, 0)
-  add = lambda x: jax.ops.segment_sum(x, chunk, num_chunks)
-  mean = add(logits) / jnp.maximum(add(counts), 1)[:, None]
-  return mean[chunk]
+  _between("num_chunks", num_chunks, 1, None)
+
+  def mean(logits, counted, chunk):
+    chunk = jnp.where((chunk < 0) | (chunk >= num_chunks), num_chunks, chunk)
+    add = lambda x: jax.ops.segment_sum(x, chunk, num_chunks)
+    total = add(logits) / jnp.maximum(add(counted), 1)[:, None]
+    return total.at[chunk].get(mode="fill", fill_value=-jnp.inf)
+
+  out = automatic(mean, clean, counted.astype(jnp.float32), chunk, out=clean)
+  return jnp.where(_sound(logits)[:, None], out, logits.astype(jnp.float32))
 
 
-def _checked(logits, token_valid):
-  """f32 logits without NaN or +inf, and the tokens that may go somewhere."""
+def _checked(logits, token_valid, allowed=None):
+  """f32 logits without NaN or +inf, which tokens count, how many are unsound.
+
+  Of tokens that do not count whatever stands there, and its gradient, is cut
+  off.
+  """
   if (
     logits.ndim != 2
     or not logits.shape[1]
@@ -420,24 +460,29 @@ def _checked(logits, token_valid):
       f"{list(logits.shape)}"
     )
   if token_valid is None:
-    token_valid = jnp.ones(logits.shape[0], bool)
+    token_valid = jnp.ones_like(logits[:, 0], bool)
   _fits("token_valid", token_valid, bool, logits.shape[:1])
   logits = logits.astype(jnp.float32)
-  sound = (logits < jnp.inf).all(-1)  # false for NaN, too
-  # Of padding whatever stands there, and its gradient, is cut off.
+  if allowed is not None:
+    _fits("allowed", allowed, bool, logits.shape[1:], logits.shape)
+    logits = jnp.where(allowed, logits, -jnp.inf)
+  sound = _sound(logits)
   unsound = (token_valid & ~sound).sum()
-  token_valid &= sound
+  token_valid = token_valid & sound & (logits > -jnp.inf).any(-1)
   return jnp.where(token_valid[:, None], logits, 0), token_valid, unsound
 
 
-def _softmax(logits, may):
-  """Over what may be chosen; zeros, and no gradient, where nothing may."""
-  some = may.any(-1, keepdims=True)
-  p = jax.nn.softmax(jnp.where(some, logits, 0), where=may | ~some)
-  return jnp.where(may, p, 0)
+def _sound(logits):
+  return (logits < jnp.inf).all(-1)  # false for NaN, too
 
 
-def _in_best_groups(scores, groups):
+def _best(x, k):
+  """The k largest of each row, and where; of equal ones the first."""
+  x = lax.stop_gradient(x)
+  return lax.top_k(jnp.where(x == 0, 0, x), k)  # to which -0 is less than 0
+
+
+def _in_best_groups(scores, groups, group_best):
   tokens, experts = scores.shape
   number, kept = groups
   if number < 1 or experts % number or not 1 <= kept <= number:
@@ -445,19 +490,18 @@ def _in_best_groups(scores, groups):
       f"groups must be (number, kept), whose number divides {experts} experts "
       f"and is no less than kept, got {groups}"
     )
+  _between("group_best", group_best, 1, None)
   grouped = scores.reshape(tokens, number, -1)
-  best, _ = lax.top_k(grouped, min(2, grouped.shape[-1]))
+  best, _ = lax.top_k(grouped, min(group_best, grouped.shape[-1]))
   # A group of one allowed expert has the sum of that.
   of_group = jnp.where(best > -jnp.inf, best, 0).sum(-1)
   of_group = jnp.where(best[..., 0] > -jnp.inf, of_group, -jnp.inf)
-  _, chosen = lax.top_k(of_group, kept)
+  _, chosen = _best(of_group, kept)
   keep = (chosen[:, :, None] == jnp.arange(number)).any(1)
   return jnp.repeat(keep, experts // number, axis=1)
 
 
-def _token_choice(
-  expert, valid, weights, logits, probabilities, token_valid, unsound
-):
+def _token_choice(expert, valid, weights, logits, share, token_valid, unsound):
   """Edges [tokens, k] as an Assignment."""
   tokens, k = expert.shape
   across = lambda x: jnp.broadcast_to(x, (tokens, k)).reshape(-1)
@@ -469,18 +513,27 @@ def _token_choice(
     weight=jnp.where(valid, weight, 0).reshape(-1),
     valid=valid.reshape(-1),
     logits=logits,
-    probabilities=probabilities,
+    probabilities=jnp.where(token_valid[:, None], share, 0),
     token_valid=token_valid,
     unsound=unsound,
     choices=k,
   )
 
 
-def _renormalized(found):
-  weight = found.weight.reshape(-1, found.choices)
-  total = weight.sum(-1, keepdims=True)
-  weight = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
-  return dataclasses.replace(found, weight=weight.reshape(-1))
+def _renormalized(found, logits, log=lambda x: x):
+  """Weights over their sum, for weights in proportion to exp(log(logits)).
+
+  From logarithms, since all of a token's weights may be too small for f32.
+  """
+  expert, valid = (
+    x.reshape(-1, found.choices) for x in (found.expert, found.valid)
+  )
+  of_edge = jnp.take_along_axis(logits, expert, axis=1)
+  of_edge = log(jnp.where(valid, of_edge, 0))
+  some = valid.any(-1, keepdims=True)
+  weight = jax.nn.softmax(jnp.where(valid | ~some, of_edge, -jnp.inf))
+  weight = jnp.where(valid, weight, 0).reshape(-1)
+  return dataclasses.replace(found, weight=weight)
 
 
 @jax.custom_vjp
