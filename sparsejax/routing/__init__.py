@@ -30,6 +30,10 @@ from sparsejax.routing.modules import RoutingMetrics
 from sparsejax.routing.parallel import expert_parallel
 from sparsejax.routing.parallel import over_devices
 from sparsejax.routing.parallel import ring_of_experts
+from sparsejax.routing.pruning import best_experts
+from sparsejax.routing.pruning import keep_experts
+from sparsejax.routing.pruning import prune_experts
+from sparsejax.routing.pruning import reap
 from sparsejax.routing.routers import by_id
 from sparsejax.routing.routers import dense_to_sparse
 from sparsejax.routing.routers import expert_choice
@@ -39,3 +43,7 @@ from sparsejax.routing.routers import top_k
 from sparsejax.routing.routers import top_p
 from sparsejax.routing.soft import soft_mixture
 from sparsejax.routing.soft import SoftMoE
+from sparsejax.routing.upcycling import aggregate
+from sparsejax.routing.upcycling import masked_copies
+from sparsejax.routing.upcycling import neuron_split
+from sparsejax.routing.upcycling import upcycle

@@ -1,0 +1,137 @@
+"""Mixtures that begin as a dense network, and as two mixtures side by side."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax import routing
+from tests.oracles import routing as oracle
+from tests.routing import pieces
+
+BANK = routing.FeedForward()
+WIDTH, HIDDEN, EXPERTS, TOKENS = 4, 6, 3, 5
+X = pieces.draw(0, TOKENS, WIDTH)
+DENSE = {k: v[0] for k, v in pieces.bank(1, 1, WIDTH, HIDDEN).items()}
+dispatch = pieces.jit(
+  lambda x, found, params: routing.dropless(x, found, BANK, params)
+)
+
+
+def dense(x):
+  bank = {k: v[None] for k, v in DENSE.items()}
+  return np.array([oracle.ffn(bank, 0, row) for row in x])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_copies_equal_the_dense_network(k):
+  params = routing.upcycle(DENSE, EXPERTS)
+  assert {name: x.shape[0] for name, x in params.items()} == dict.fromkeys(
+    DENSE, EXPERTS
+  )
+  logits = jnp.asarray(pieces.draw(2, TOKENS, EXPERTS))
+  found = routing.top_k(logits, k, renormalize=True)
+  pieces.close(dispatch(X, found, params), dense(X))
+  # Of softmax weights that are not renormalized, it is a part.
+  found = routing.top_k(logits, k)
+  share = np.asarray(found.weight).reshape(TOKENS, k).sum(-1)
+  pieces.close(dispatch(X, found, params), share[:, None] * dense(X))
+
+
+def test_copies_in_a_module():
+  moe = pieces.made(
+    lambda: routing.MoE(WIDTH, HIDDEN, EXPERTS, rngs=nnx.Rngs(0))
+  )
+  params = routing.upcycle(DENSE, EXPERTS)
+  moe.experts = nnx.data(jax.tree.map(nnx.Param, params))
+  y = pieces.module_jit(lambda moe, x: moe(x))(moe, jnp.asarray(X))
+  pieces.close(y, dense(X))
+
+
+masked = pieces.jit(
+  functools.partial(routing.masked_copies, DENSE), static_argnums=(0, 1)
+)
+
+
+def test_masked_copies():
+  key = jax.random.key(0)
+  params = masked(EXPERTS, 0.6, key)
+  for name, x in params.items():
+    kept = np.asarray(x) != 0
+    assert (kept.sum((1, 2)) == round(0.6 * WIDTH * HIDDEN)).all()
+    np.testing.assert_array_equal(x, np.where(kept, DENSE[name], 0))
+    assert (kept[0] != kept[1]).any() and (kept[1] != kept[2]).any()
+  assert (np.equal(params["up"], 0) != np.equal(params["gate"], 0)).any()
+  again = masked(EXPERTS, 0.6, key)
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_masked_copies_of_all_and_of_nothing():
+  whole = masked(2, 1.0, jax.random.key(0))
+  copies = routing.upcycle(DENSE, 2)
+  jax.tree.map(np.testing.assert_array_equal, whole, copies)
+  nothing = masked(2, 0.0, jax.random.key(0))
+  assert not any(np.any(x) for x in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_split_neurons_together_are_the_dense_network(gated, shuffled):
+  params = {k: v for k, v in DENSE.items() if gated or k != "gate"}
+  order = np.random.default_rng(0).permutation(HIDDEN) if shuffled else None
+  experts = routing.neuron_split(params, EXPERTS, order=order)
+  assert experts["up"].shape == (EXPERTS, WIDTH, HIDDEN // EXPERTS)
+  assert experts["down"].shape == (EXPERTS, HIDDEN // EXPERTS, WIDTH)
+  equal = jnp.zeros((TOKENS, EXPERTS))
+  found = routing.top_k(equal, EXPERTS, renormalize=True, scale=float(EXPERTS))
+  bank = {k: v[None] for k, v in params.items()}
+  want = np.array([oracle.ffn(bank, 0, row) for row in X])
+  pieces.close(dispatch(X, found, experts), want)
+  # Each neuron is in one expert.
+  columns = np.asarray(experts["up"]).swapaxes(1, 2).reshape(HIDDEN, WIDTH)
+  order = np.arange(HIDDEN) if order is None else order
+  np.testing.assert_array_equal(columns, params["up"].T[order])
+
+
+def test_aggregation():
+  one, two = pieces.bank(3, 2, WIDTH, HIDDEN), pieces.bank(6, 3, WIDTH, HIDDEN)
+  kernels = pieces.draw(9, WIDTH, 2), pieces.draw(10, WIDTH, 3)
+  params, kernel = routing.aggregate([one, two], kernels)
+  logits = X @ kernel
+  pieces.close(logits[:, :2], X @ kernels[0])
+  first = np.arange(5) < 2
+  for allowed, bank, own in ((first, one, 0), (~first, two, 1)):
+    found = routing.top_k(logits, 2, allowed=jnp.asarray(allowed))
+    alone = routing.top_k(jnp.asarray(X @ kernels[own]), 2)
+    np.testing.assert_allclose(
+      dispatch(X, found, params), dispatch(X, alone, bank), 1e-5, 1e-5
+    )
+
+
+def test_bad_input():
+  with pytest.raises(ValueError, match="experts must be 1 or more, got 0"):
+    routing.upcycle(DENSE, 0)
+  with pytest.raises(ValueError, match=r"density must be in \[0, 1\], got 1.5"):
+    routing.masked_copies(DENSE, 2, 1.5, jax.random.key(0))
+  split = routing.neuron_split
+  with pytest.raises(ValueError, match="divide the 6 hidden neurons, got 4"):
+    split(DENSE, 4)
+  with pytest.raises(ValueError, match='must have "up", "down" and perhaps'):
+    split({**DENSE, "bias": jnp.ones(3)}, 2)
+  with pytest.raises(
+    ValueError, match=r"must have gate \[4, 6\], got \[6, 4\]"
+  ):
+    split({**DENSE, "gate": DENSE["gate"].T}, 2)
+  with pytest.raises(ValueError, match=r"order must be integer\[6\]"):
+    split(DENSE, 2, order=jnp.arange(5))
+  bank, kernel = routing.upcycle(DENSE, 2), jnp.ones((WIDTH, 2))
+  with pytest.raises(ValueError, match="routers must be as many as banks"):
+    routing.aggregate([bank], [kernel, kernel])
+  with pytest.raises(ValueError, match=r"routers must be \[d, experts\]"):
+    routing.aggregate([bank, bank], [kernel, jnp.ones((WIDTH, 3))])
+  other = {k: v for k, v in bank.items() if k != "gate"}
+  with pytest.raises(ValueError, match="banks must be alike"):
+    routing.aggregate([bank, other], [kernel, kernel])
