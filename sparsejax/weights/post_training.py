@@ -238,6 +238,9 @@ def sparsegpt(
   structure.check(kernel.shape, structures_lib.Axes())
   inputs, outputs = kernel.shape
   _check_density(density, structure, (min(block, inputs), outputs))
+  if together > 1 and inputs > block and inputs % block:
+    # Of few blocks all could be kept, or none.
+    _check_density(density, structure, (inputs % block, outputs))
   second = _table(kernel, moments)
   if not damping:
     _check_rank(moments)

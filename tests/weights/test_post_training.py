@@ -425,6 +425,8 @@ def test_errors():
       w, moments, 0.3, select.NM(2, 4))),
     ("density .* keeps 0 of 4", lambda: weights.sparsegpt(
       w, moments, 0.1, select.Block((8, 5)), block=16)),
+    ("density .* keeps 0 of 1 .* over .8, 10.", lambda: weights.sparsegpt(
+      w, moments, 0.5, select.Block((8, 10)), block=16)),
     ("density .* keeps 6 of 6", lambda: weights.wanda(
       w, moments, 0.95, select.Block((8, 5)))),
     ("density .* keeps 0 of 10", lambda: weights.magnitude_pruning(
