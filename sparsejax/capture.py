@@ -8,7 +8,7 @@ kernel's name, as in `masks`.
   outputs, xs = capture.inputs(module.apply, variables, x)  # Linen
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import math
@@ -22,6 +22,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Where = Callable[[str], bool] | None
+
+_WHOLE = 512  # columns of a table that is computed at once
 
 
 def inputs(
@@ -182,15 +184,25 @@ class Moments:
       count=count,
       mean=join(self.mean, x.sum(0)),
       squares=join(self.squares, (x**2).sum(0)),
-      second=None
-      if table is None
-      else join(table, jnp.matmul(x.T, x, precision="highest")),
+      second=None if table is None else join(table, _products(x)),
     )
 
   @property
   def variance(self) -> Array:
     """f32 [K]."""
     return jnp.maximum(self.squares - self.mean**2, 0)
+
+
+def _products(x: Array) -> Array:
+  """x.T @ x, of which what lies below the diagonal is not computed again."""
+  k = x.shape[1]
+  if k <= _WHOLE:
+    return jnp.matmul(x.T, x, precision="highest")
+  # XLA would compute x again for each part.
+  x = lax.optimization_barrier(x)
+  left, right = x[:, : k // 2], x[:, k // 2 :]
+  across = jnp.matmul(left.T, right, precision="highest")
+  return jnp.block([[_products(left), across], [across.T, _products(right)]])
 
 
 def moments(
@@ -230,16 +242,12 @@ def moments(
     >>> found["kernel"].count.item(), found["kernel"].mean.tolist()
     (6.0, [5.0, 6.0])
   """
-  rebuild = None
-  if isinstance(model, nnx.Module):
-    rebuild, model = nnx.split(model)
+  rebuild, model = _split(model)
   static = (call, rebuild, where, valid, second)
   found = None
   for batch in batches:
     if found is None:
-      shapes = jax.eval_shape(
-        lambda model, batch: _add(static, model, None, batch), model, batch
-      )
+      shapes = _add.eval_shape(static, model, None, batch)
       found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     found = _add(static, model, found, batch)
   if found is None:
@@ -247,7 +255,90 @@ def moments(
   return found
 
 
+def in_order(
+  call: Callable[..., Any],
+  blocks: Sequence[Any],
+  batches: Iterable[Any],
+  update: Callable[[int, Any, dict[str, Moments]], tuple[Any, Any]],
+  *,
+  where: Where = None,
+  valid: Callable[[Any], Array] | None = None,
+  second: bool = True,
+) -> tuple[list[Any], list[Any]]:
+  """Updates blocks, each by its moments on what the updated ones before give.
+
+  Layer-sequential calibration: a block runs twice on each batch, for its
+  moments and then, updated, for what the next one reads. That is kept for all
+  batches, sharded as they are. Blocks of one kind share what is compiled. The
+  blocks given do not change, nor do counters of theirs advance.
+
+  Args:
+    call: function of a block and a batch that returns the next block's batch.
+      What goes with the hidden states, such as a mask, it hands on.
+    blocks: what runs one after the other: NNX modules, or variables of Linen
+      modules.
+    batches: of the first block, as `moments` takes them.
+    update: function of a block's number, its parameters and its moments by the
+      kernel's name in the block. Returns the new parameters and anything else,
+      as `weights.prune` does. Parameters are an `nnx.State` of the module's
+      `nnx.Param`s, or the variables.
+    where: as `moments` takes it.
+    valid: likewise.
+    second: likewise.
+
+  Returns:
+    The new blocks, and what else `update` returned for each.
+
+  Raises:
+    ValueError: there are no blocks, no batches, or a block has no layers.
+
+  Example:
+    >>> blocks = [nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> def halve(number, params, moments):
+    ...   halved = jax.tree.map(lambda x: x / 2, params)
+    ...   return halved, moments["kernel"].count.item()
+    >>> run = lambda block, x: block(x)
+    >>> halved, counts = in_order(run, blocks, [jnp.ones((4, 2))], halve)
+    >>> bool(jnp.all(halved[1].kernel[...] == blocks[1].kernel[...] / 2))
+    True
+    >>> counts
+    [4.0, 4.0]
+  """
+  if not blocks:
+    raise ValueError("blocks must hold at least one, got none")
+  batches, updated, extras = list(batches), [], []
+  options = {"where": where, "valid": valid, "second": second}
+  for number, block in enumerate(blocks):
+    found = moments(call, block, batches, **options)
+    if isinstance(block, nnx.Module):
+      rebuild, params, rest = nnx.split(block, nnx.Param, ...)
+      params, extra = update(number, params, found)
+      block = nnx.merge(rebuild, params, rest)
+    else:
+      block, extra = update(number, block, found)
+    updated.append(block)
+    extras.append(extra)
+    if len(updated) < len(blocks):
+      rebuild, block = _split(block)
+      # One by one, so that what was read is freed.
+      for i, batch in enumerate(batches):
+        batches[i] = _run((call, rebuild), block, batch)
+  return updated, extras
+
+
+def _split(model):
+  """What is static of an NNX model, None of another, and its arrays."""
+  return nnx.split(model) if isinstance(model, nnx.Module) else (None, model)
+
+
 # Calls with the same functions compile once.
+@functools.partial(jax.jit, static_argnums=0)
+def _run(static, model, batch):
+  """What the call returns."""
+  call, rebuild = static
+  return call(model if rebuild is None else nnx.merge(rebuild, model), batch)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _add(static, model, found, batch):
   """The moments with those of a batch."""

@@ -43,7 +43,22 @@ def run(model, x):
   return model(x)
 
 
+LAYER = linen.Dense(4)
+
+
+def masked(block, batch):
+  """A block, or variables of a Linen layer, on x and what goes with it."""
+  x, valid = batch
+  x = LAYER.apply(block, x) if isinstance(block, dict) else block(x)
+  return jnp.tanh(x), valid
+
+
+def halve(number, params, moments):
+  return jax.tree.map(lambda x: x / 2, params), (number, moments)
+
+
 X = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+VALID = np.arange(15).reshape(3, 5) % 4 > 0
 
 
 def test_inputs_of_nnx_layers():
@@ -132,6 +147,62 @@ def test_rows_that_do_not_count_may_hold_anything():
   assert not jnp.any(none.second) and none.count == 0
 
 
+def test_large_tables_are_made_of_parts():
+  x = np.random.default_rng(0).standard_normal((3, 1101)).astype(np.float32)
+  table = np.asarray(capture.Moments.zeros(1101).add(jnp.asarray(x)).second)
+  np.testing.assert_allclose(table, x.T @ x / 3, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(table, table.T)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_blocks_in_order(kind):
+  if kind == "nnx":
+    blocks = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(3)]
+    kernel_of = lambda block: np.asarray(block.kernel[...])
+  else:
+    blocks = [LAYER.init(jax.random.key(i), X) for i in range(3)]
+    kernel_of = lambda block: np.asarray(block["params"]["kernel"])
+  kernels = [kernel_of(block) for block in blocks]
+  batches = [(X, VALID), (X[::-1] + 1, VALID)]
+  updated, extras = capture.in_order(
+    masked, blocks, iter(batches), halve, valid=lambda batch: batch[1]
+  )
+  assert len(updated) == len(extras) == 3
+  read = np.concatenate([x[valid] for x, valid in batches])
+  for i, (number, moments) in enumerate(extras):
+    (moments,) = moments.values()
+    assert number == i and moments.count == len(read)
+    np.testing.assert_allclose(moments.mean, read.mean(0), rtol=1e-4, atol=1e-6)
+    table = read.T @ read / len(read)
+    np.testing.assert_allclose(moments.second, table, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(kernel_of(updated[i]), kernels[i] / 2)
+    np.testing.assert_array_equal(kernel_of(blocks[i]), kernels[i])
+    read = np.tanh(read @ kernels[i] / 2)  # biases are 0
+
+
+def test_sharded_blocks_in_order():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  x = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+  placed = jax.device_put(x, NamedSharding(mesh, jax.P("x")))
+  blocks = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+  keep = lambda number, params, moments: (params, moments)
+  shardings = []
+
+  def call(block, x):
+    jax.debug.inspect_array_sharding(x, callback=shardings.append)
+    return block(x)
+
+  _, got = capture.in_order(call, blocks, [placed], keep)
+  assert shardings  # of what each block read
+  assert all(s.is_equivalent_to(placed.sharding, 2) for s in shardings)
+  _, want = capture.in_order(run, blocks, [x], keep)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    got,
+    want,
+  )
+
+
 def test_sharded_batches():
   mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   x = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
@@ -152,6 +223,8 @@ def test_errors():
     capture.inputs(run, model, X, where=lambda name: False)
   with pytest.raises(ValueError, match="batches"):
     capture.moments(run, model, [])
+  with pytest.raises(ValueError, match="blocks must hold"):
+    capture.in_order(run, [], [X], halve)
   with pytest.raises(ValueError, match="x must be"):
     capture.Moments.zeros(3).add(X)
   with pytest.raises(ValueError, match="valid"):
