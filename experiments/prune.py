@@ -396,16 +396,14 @@ def run(measured, names: Sequence[str], points: Sequence[Point]) -> dict:
 
 def heading(found: dict[str, Any]) -> str:
   """What the figures are of: model, text, split, context, seeds and hashes."""
-  about = found["about"]
-  hashes = " ".join(f"{s}:{h}" for s, h in about["calibration"].items())
-  return (
-    f"{about['model']}; {about['text']}; {about['split']}; context "
-    f"{about['context']}\ncalibration, seed:hash: {hashes}"
-  )
+  about = dict(found["about"])
+  hashes = " ".join(f"{s}:{h}" for s, h in about.pop("calibration").items())
+  told = "; ".join(f"{name}: {value}" for name, value in about.items())
+  return f"{told}\ncalibration, seed:hash: {hashes}"
 
 
 def metrics(found: dict[str, Any]) -> list[str]:
-  """The names of the figures."""
+  """The names of the figures; not every row has each of them."""
   return ["error", *found["dense"]]
 
 
@@ -429,7 +427,9 @@ def table(found: dict[str, Any]) -> str:
     + " ".join(f"{found['dense'].get(name, 0):22.3f}" for name in names),
   ]
   for (method, structure, sparsity), rows in grouped(found).items():
-    cells = [spread([row[name] for row in rows]) for name in names]
+    cells = [
+      spread([row[name] for row in rows if name in row]) for name in names
+    ]
     lines.append(
       f"{method:10s} {structure:12s} {sparsity:8.0%} "
       + " ".join(f"{cell:>22s}" for cell in cells)
@@ -440,7 +440,7 @@ def table(found: dict[str, Any]) -> str:
 def spread(values: list[float]) -> str:
   """A mean and its interval over calibration sets."""
   if len(values) < 2:
-    return f"{values[0]:.3f}"
+    return f"{values[0]:.3f}" if values else "-"
   found = intervals.of_mean(values)
   return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
@@ -457,11 +457,14 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
     curves.setdefault(label, {})[sparsity] = rows
   for ax, name in zip(page.subplots(1, len(names)), names):
     for label, curve in curves.items():
-      at = sorted(curve)
-      values = np.array([[row[name] for row in curve[s]] for s in at])
-      (line,) = ax.plot(at, values.mean(1), marker="o", label=label)
-      band = values.min(1), values.max(1)
-      ax.fill_between(at, *band, alpha=0.2, color=line.get_color())
+      values = {
+        sparsity: [row[name] for row in curve[sparsity] if name in row]
+        for sparsity in sorted(curve)
+      }
+      at = [sparsity for sparsity, found in values.items() if found]
+      of = lambda reduce, at=at, values=values: [reduce(values[s]) for s in at]
+      (line,) = ax.plot(at, of(np.mean), marker="o", label=label)
+      ax.fill_between(at, of(min), of(max), alpha=0.2, color=line.get_color())
     if name in found["dense"]:
       ax.axhline(
         found["dense"][name], color="gray", linestyle=":", label="dense"
