@@ -1,6 +1,9 @@
 """Which experts process a token, and which tokens are processed."""
 
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.attention_experts import attention_experts
+from sparsejax.routing.attention_experts import MoA
+from sparsejax.routing.attention_experts import stick_breaking
 from sparsejax.routing.balancing import balance_bias
 from sparsejax.routing.balancing import chunk_sparsity
 from sparsejax.routing.balancing import concentration
