@@ -127,17 +127,11 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def through(block, batch):
-  """What a block gives for a batch of (x, *others)."""
-  return block(*batch)
+  """The next block's batch: what this one gives for (x, *others)."""
+  return block(*batch), *batch[1:]
 
 
-_through = nnx.jit(through)
 _error = jax.jit(weights.reconstruction_error)
-
-
-def advance(block, batches) -> list[tuple]:
-  """What the next block reads."""
-  return [(_through(block, batch), *batch[1:]) for batch in batches]
 
 
 def prune_blocks(
@@ -147,7 +141,7 @@ def prune_blocks(
   valid: Callable | None = None,
   bar: tqdm.tqdm | None = None,
 ) -> tuple[list[Any], float]:
-  """Prunes blocks in place, each on what those before it give by now.
+  """Prunes blocks in place, each on what those before it then give.
 
   Args:
     blocks: modules of one kind, which take (x, *others) and return x.
@@ -161,17 +155,19 @@ def prune_blocks(
     the layers.
   """
   masks, errors = [], []
-  for block, method in zip(blocks, methods, strict=True):
-    moments = capture.moments(through, block, batches, valid=valid)
-    before = nnx.state(block, nnx.Param)
-    after, mask = weights.prune(before, moments, method)
-    old, new = kernels(before), kernels(after)
-    errors += [_error(old[name], new[name], moments[name]) for name in moments]
+
+  def update(number, params, moments):
+    after, mask = weights.prune(params, moments, methods[number])
+    old, new = kernels(params), kernels(after)
+    errors.extend(_error(old[n], new[n], moments[n]) for n in moments)
     masks.append(nnx.to_pure_dict(mask))
-    nnx.update(block, after)
-    batches = advance(block, batches)
     if bar is not None:
       bar.update()
+    return after, None
+
+  pruned, _ = capture.in_order(through, blocks, batches, update, valid=valid)
+  for block, found in zip(blocks, pruned, strict=True):
+    nnx.update(block, nnx.state(found, nnx.Param))
   return masks, float(np.mean(errors))
 
 
@@ -204,18 +200,21 @@ def methods_of(
 
 def owl_densities(blocks, batches, density, valid=None) -> list[float]:
   """Densities of blocks by the Wanda scores of all their weights."""
-  scores = {}
-  for number, block in enumerate(blocks):
-    moments = capture.moments(
-      through, block, batches, valid=valid, second=False
-    )
-    kernel = kernels(nnx.state(block, nnx.Param))
-    scores[str(number)] = jnp.concatenate([
-      weights.wanda_scores(kernel[name], moments[name]).ravel()
-      for name in moments
-    ])  # fmt: skip
-    batches = advance(block, batches)
-  return list(weights.owl(scores, density).values())
+
+  def scores(number, params, moments):
+    del number
+    found = [
+      weights.wanda_scores(kernel, moments[name]).ravel()
+      for name, kernel in kernels(params).items()
+      if name in moments
+    ]
+    return params, jnp.concatenate(found)
+
+  _, found = capture.in_order(
+    through, blocks, batches, scores, valid=valid, second=False
+  )
+  by_block = {str(number): x for number, x in enumerate(found)}
+  return list(weights.owl(by_block, density).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,31 +445,37 @@ def spread(values: list[float]) -> str:
 
 
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
-  """The figures over sparsity: their means, least and most."""
+  """The figures over sparsity: a method's color, a structure's marker."""
   from matplotlib import figure
 
   names = metrics(found)
   page = figure.Figure(figsize=(4.5 * len(names), 4), layout="constrained")
   curves = {}
   for (method, structure, sparsity), rows in grouped(found).items():
-    label = method if structure == "unstructured" else f"{method} {structure}"
-    curves.setdefault(label, {})[sparsity] = rows
-  for ax, name in zip(page.subplots(1, len(names)), names):
-    for label, curve in curves.items():
+    curves.setdefault((method, structure), {})[sparsity] = rows
+  methods = list(dict.fromkeys(method for method, _ in curves))
+  markers = dict(zip(STRUCTURES, "osD^v", strict=True))
+  panels = page.subplots(1, len(names))
+  for ax, name in zip(panels, names):
+    for (method, structure), curve in curves.items():
       values = {
         sparsity: [row[name] for row in curve[sparsity] if name in row]
         for sparsity in sorted(curve)
       }
       at = [sparsity for sparsity, found in values.items() if found]
       of = lambda reduce, at=at, values=values: [reduce(values[s]) for s in at]
-      (line,) = ax.plot(at, of(np.mean), marker="o", label=label)
-      ax.fill_between(at, of(min), of(max), alpha=0.2, color=line.get_color())
+      color = f"C{methods.index(method)}"
+      label = method if structure == "unstructured" else f"{method} {structure}"
+      marker = markers[structure]
+      ax.plot(at, of(np.mean), marker=marker, color=color, label=label)
+      ax.fill_between(at, of(min), of(max), alpha=0.2, color=color)
     if name in found["dense"]:
       ax.axhline(
         found["dense"][name], color="gray", linestyle=":", label="dense"
       )
-    ax.set(xlabel="sparsity", ylabel=name)
-  ax.legend()
+    ax.set(xlabel="sparsity", ylabel=name.replace("_", " "))
+  handles, labels = panels[-1].get_legend_handles_labels()
+  page.legend(handles, labels, loc="outside right center", fontsize=8)
   page.suptitle(heading(found), fontsize=6)
   page.savefig(path, dpi=150)
 
