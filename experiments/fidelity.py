@@ -185,44 +185,56 @@ def test_pruning(
   _check_seeds(seeds)
   setting = {"source": "minilm", "seeds": len(seeds)} | setting
   measured = prune.Measured(**setting)
-  compared = [
-    (pair, point) for pair, points in claim.better.items() for point in points
-  ]
-  rows = {}
-  runs = {(name, point): None for pair, point in compared for name in pair}
-  for name, point in progress(runs):
-    rows[name, point] = []
+  rows = []
+  runs = dict.fromkeys(
+    (name, point) for pair, point, _ in _pairs(claim) for name in pair
+  )
+  order = list(prune.METHODS)
+  for name, point in progress(sorted(runs, key=lambda x: order.index(x[0]))):
     for seed in seeds:
       made = {**setting, "method": name, "point": point, "seed": seed}
       path = _kept(workdir, made)
       if not path.exists():
         row = measured.row(name, point, seed)
         workdirs.write(path, json.dumps(row))
-      rows[name, point].append(json.loads(path.read_text()))
-  effects = []
-  for (better, worse), point in compared:
-    at = {"better": better, "worse": worse}
-    effects.append(at | {"structure": point[0], "sparsity": point[1]})
-    for metric, sign in claim.metrics.items():
-      values = [
-        [sign * row[metric] for row in rows[name, point]]
-        for name in (better, worse)
-      ]
-      effect = intervals.of_effect(*values)
-      verdict = {"verdict": WORDS[intervals.verdict([effect])]}
-      effects[-1][metric] = dataclasses.asdict(effect) | verdict
-  verdicts = [e[metric]["verdict"] for e in effects for metric in claim.metrics]
-  count = {word: verdicts.count(word) for word in WORDS.values()}
-  return {
-    "verdict": ", ".join(f"{word} {n}" for word, n in count.items())
-    + f" of {len(verdicts)}",
-    "effects": effects,
+      rows.append(json.loads(path.read_text()))
+  return compared(claim, rows) | {
     "about": measured.about,
     "dense": measured.dense,
-    "rows": [row for found in rows.values() for row in found],
+    "rows": rows,
     "seeds": list(seeds),
     "jax": jax.__version__,
   }
+
+
+def _pairs(claim: claims.Pruning) -> list[tuple]:
+  """Pairs of methods, points, and whether anything is claimed of them."""
+  return [
+    (pair, point, claimed)
+    for pairs, claimed in ((claim.better, True), (claim.besides, False))
+    for pair, points in pairs.items()
+    for point in points
+  ]
+
+
+def compared(claim: claims.Pruning, rows) -> dict[str, Any]:
+  """The effects that rows show, and how many of those claimed hold."""
+  groups = prune.grouped({"rows": rows})
+  effects, verdicts = [], []
+  for (better, worse), point, claimed in _pairs(claim):
+    at = {"better": better, "worse": worse, "claimed": claimed}
+    effects.append(at | {"structure": point[0], "sparsity": point[1]})
+    for metric, sign in claim.metrics.items():
+      values = [
+        [sign * row[metric] for row in groups[name, *point]]
+        for name in (better, worse)
+      ]
+      effect = intervals.of_effect(*values)
+      word = WORDS[intervals.verdict([effect])]
+      effects[-1][metric] = dataclasses.asdict(effect) | {"verdict": word}
+      verdicts += [word] * claimed
+  count = ", ".join(f"{w} {verdicts.count(w)}" for w in WORDS.values())
+  return {"verdict": f"{count} of {len(verdicts)}", "effects": effects}
 
 
 def pruning_card(
@@ -232,7 +244,10 @@ def pruning_card(
   metrics, about = list(claim.metrics), result["about"]
   shown = lambda v: f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
   hashes = ", ".join(f"{s}: {h}" for s, h in about["calibration"].items())
-  rule = "| --- " * (len(metrics) + 1) + "|"
+  head = lambda first: [
+    f"| {first} | " + " | ".join(metrics) + " |",
+    "| --- " * (len(metrics) + 1) + "|",
+  ]
   lines = [
     f"# {name}: {result['verdict']}",
     "",
@@ -249,34 +264,23 @@ def pruning_card(
     "Effects are how much better the first is, whatever the metric: the claim "
     "holds where the interval is above zero, does not where it is below, and "
     "is undecided where zero is in it. One interval in twenty is wrong by "
-    "chance.",
+    "chance. Of pairs in brackets nothing is claimed, and they do not count.",
     "",
-    "| first, second | " + " | ".join(metrics) + " |",
-    rule,
+    *head("first, second"),
   ]
   for effect in result["effects"]:
-    cells = [
-      f"{effect[m]['verdict']}: {shown(effect[m])}"
-      if effect[m]["verdict"] != WORDS["reproduced"]
-      else f"**holds**: {shown(effect[m])}"
-      for m in metrics
-    ]
     pair = f"{effect['better']}, {effect['worse']}"
-    point = f"{effect['structure']} {effect['sparsity']:.0%}"
-    lines.append(f"| {pair}: {point} | " + " | ".join(cells) + " |")
-  lines += ["", "| method | " + " | ".join(metrics) + " |", rule]
+    pair += f": {effect['structure']} {effect['sparsity']:.0%}"
+    cells = [f"{effect[m]['verdict']}: {shown(effect[m])}" for m in metrics]
+    pair = pair if effect["claimed"] else f"({pair})"
+    lines.append(f"| {pair} | " + " | ".join(cells) + " |")
   dense = [f"{result['dense'].get(m, 0.0):.4f}" for m in metrics]
-  lines.append("| dense | " + " | ".join(dense) + " |")
+  lines += ["", *head("method"), "| dense | " + " | ".join(dense) + " |"]
   for (method, structure, sparsity), rows in prune.grouped(result).items():
-    values = [
-      dataclasses.asdict(intervals.of_mean([row[m] for row in rows]))
-      for m in metrics
-    ]
-    lines.append(
-      f"| {method}: {structure} {sparsity:.0%} | "
-      + " | ".join(map(shown, values))
-      + " |"
-    )
+    found = [intervals.of_mean([row[m] for row in rows]) for m in metrics]
+    cells = [shown(dataclasses.asdict(interval)) for interval in found]
+    at = f"{method}: {structure} {sparsity:.0%}"
+    lines.append(f"| {at} | " + " | ".join(cells) + " |")
   lines += [
     "",
     f"jax {result['jax']}; `python -m experiments.fidelity --claim={name}`",

@@ -93,11 +93,14 @@ def test_a_claim_of_pruning_is_tested_and_kept(tmp_path, monkeypatch):
     source="Someone",
     differs="All.",
     better={("dsnot", "wanda"): points},
+    besides={("wanda", "dsnot"): points[:1]},
   )
   result = fidelity.test_pruning(claim, range(5), tmp_path)
   assert result["verdict"] == "holds 2, does not hold 2, undecided 2 of 6"
-  first, second = result["effects"]
+  first, second, third = result["effects"]
   assert first["structure"] == "unstructured" and second["structure"] == "2:4"
+  assert [e["claimed"] for e in result["effects"]] == [True, True, False]
+  assert third["error"]["mean"] == -first["error"]["mean"]
   # Less error is better: effects are positive where the first is.
   assert first["error"]["low"] == pytest.approx(0.1)
   assert first["retrieval"]["high"] == pytest.approx(-0.1)
@@ -108,9 +111,8 @@ def test_a_claim_of_pruning_is_tested_and_kept(tmp_path, monkeypatch):
   json.dumps(result)
   card = fidelity.pruning_card("a_claim", claim, result)
   assert card.startswith("# a_claim: holds 2, does not hold 2")
-  assert (
-    "| dsnot, wanda: 2:4 50% | **holds**: 0.1000 [0.1000, 0.1000] |" in card
-  )
+  assert "| dsnot, wanda: 2:4 50% | holds: 0.1000 [0.1000, 0.1000] |" in card
+  assert "| (wanda, dsnot: unstructured 50%) | does not hold: -0.1" in card
   assert "| wanda: 2:4 50% | 0.3000 [0.3000, 0.3000] |" in card
   for told in ("6 pairs", "8 tokens", "3: d", "no text"):
     assert told in card
@@ -123,7 +125,7 @@ def test_every_claim_is_well_formed(name):
   claim = claims.CLAIMS[name]
   assert claim.says and claim.source
   if isinstance(claim, claims.Pruning):
-    for names, points in claim.better.items():
+    for names, points in [*claim.better.items(), *claim.besides.items()]:
       prune.check(names, points)
       assert set(names) <= set(prune.METHODS)
       for structure, sparsity in points:
