@@ -17,6 +17,12 @@ from sparsejax.routing.balancing import metrics
 from sparsejax.routing.balancing import mutual_information
 from sparsejax.routing.balancing import progressive_k
 from sparsejax.routing.balancing import z_loss
+from sparsejax.routing.composed import BatchStatistics
+from sparsejax.routing.composed import Monet
+from sparsejax.routing.composed import monet_gates
+from sparsejax.routing.composed import monet_horizontal
+from sparsejax.routing.composed import monet_statistics
+from sparsejax.routing.composed import monet_vertical
 from sparsejax.routing.dispatchers import capacity
 from sparsejax.routing.dispatchers import capacity_of
 from sparsejax.routing.dispatchers import dropless
@@ -46,6 +52,8 @@ from sparsejax.routing.routers import top_k
 from sparsejax.routing.routers import top_p
 from sparsejax.routing.soft import soft_mixture
 from sparsejax.routing.soft import SoftMoE
+from sparsejax.routing.tables import Stem
+from sparsejax.routing.tables import stem
 from sparsejax.routing.upcycling import aggregate
 from sparsejax.routing.upcycling import masked_copies
 from sparsejax.routing.upcycling import neuron_split
