@@ -1,4 +1,4 @@
-"""Pictures of masks and attention, drawn with matplotlib.
+"""Pictures of masks, attention and routing, drawn with matplotlib.
 
 Matplotlib is no dependency: it is imported when something is drawn. Each
 function draws into the Axes given, or into new ones, and returns them.
@@ -349,3 +349,76 @@ def attention_mass(
     title = f"batch {batch}, {title}"
   _label(ax, mask, title)
   return ax
+
+
+def routing_trace(trace, *, axes: Any = None):
+  """Draws what a router did over steps: loads, their excess, and shares.
+
+  On the left, each expert's share of the edges, stacked; then the largest load
+  over an equal one, less 1; on the right, whichever are there of the evenness
+  of loads, the dropped edges, and the likeness of choices between steps and
+  between neighbors.
+
+  Args:
+    trace: dict of arrays of steps: "load" [steps, experts], "max_violation"
+      [steps], and perhaps "entropy", "dropped", "overlap" and "neighbors", as
+      `routing.stack_traces` gives it.
+    axes: three of matplotlib's Axes, or None for new ones.
+
+  Returns:
+    The three Axes.
+
+  Raises:
+    ValueError: trace lacks a name, or an array is not of the steps.
+
+  Example:
+    >>> import matplotlib
+    >>> matplotlib.use("Agg")
+    >>> trace = {"load": jnp.ones((5, 2)) / 2, "max_violation": jnp.zeros(5)}
+    >>> len(routing_trace(trace)[0].collections)
+    2
+  """
+  import matplotlib.pyplot as plt
+
+  words = {
+    "entropy": "evenness of loads",
+    "dropped": "dropped edges",
+    "overlap": "same choice as before",
+    "neighbors": "same choice as the neighbor",
+  }
+  missing = {"load", "max_violation"} - set(trace)
+  if missing:
+    raise ValueError(f"trace must have {sorted(missing)}, got {sorted(trace)}")
+  load = np.asarray(trace["load"])
+  lines = {
+    name: np.asarray(trace[name])
+    for name in ("max_violation", *words)
+    if name in trace
+  }
+  for name, line in lines.items():
+    if load.ndim != 2 or line.shape != load.shape[:1]:
+      raise ValueError(
+        f"trace must have load [steps, experts] and {name} [steps], got "
+        f"{list(load.shape)} and {list(line.shape)}"
+      )
+  if axes is None:
+    _, axes = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained")
+  left, middle, right = axes
+  steps = np.arange(len(load))
+  shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.9, load.shape[1]))
+  left.stackplot(steps, load.T, colors=shades, linewidth=0)
+  left.set(ylim=(0, 1), ylabel="share of the edges")
+  middle.plot(steps, lines.pop("max_violation"), color=COLORS[0])
+  middle.set(ylabel="largest load / mean - 1")
+  middle.set_ylim(bottom=0)
+  for color, (name, line) in zip(COLORS, lines.items()):
+    right.plot(steps, line, color=color, label=words[name])
+  right.set(ylim=(0, 1.02), ylabel="share")
+  if lines:
+    right.legend(frameon=False, fontsize="small")
+  for ax in axes:
+    ax.set(xlabel="step", xlim=(0, max(len(load) - 1, 1)))
+    ax.tick_params(length=2)
+    for side in ax.spines.values():
+      side.set(color="#888888", linewidth=0.6)
+  return axes

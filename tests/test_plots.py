@@ -217,3 +217,44 @@ def test_mass_of_heads_that_share_their_lists():
 def test_wrong_arguments(draw, match):
   with pytest.raises(ValueError, match=match):
     draw(random_mask())
+
+
+def trace_of(steps=6, experts=3, **lines):
+  load = np.random.default_rng(0).dirichlet(np.ones(experts), steps)
+  return {"load": load, "max_violation": experts * load.max(-1) - 1, **lines}
+
+
+def test_routing_trace():
+  dropped, neighbors = np.linspace(0, 0.5, 6), np.full(6, 0.25)
+  trace = trace_of(dropped=dropped, neighbors=neighbors, other=np.ones(6))
+  left, middle, right = plots.routing_trace(trace)
+  # What is stacked reaches 1 everywhere, in bands as high as the loads.
+  edges = [band.get_paths()[0].vertices for band in left.collections]
+  assert len(edges) == 3
+  top = {x: max(y for a, y in edges[-1] if a == x) for x in range(6)}
+  np.testing.assert_allclose(list(top.values()), 1)
+  first = {x: max(y for a, y in edges[0] if a == x) for x in range(6)}
+  np.testing.assert_allclose(list(first.values()), trace["load"][:, 0])
+  np.testing.assert_array_equal(
+    middle.lines[0].get_ydata(), trace["max_violation"]
+  )
+  drawn = {line.get_label(): line.get_ydata() for line in right.lines}
+  np.testing.assert_array_equal(drawn.pop("dropped edges"), dropped)
+  np.testing.assert_array_equal(
+    drawn.pop("same choice as the neighbor"), neighbors
+  )
+  assert not drawn and left.get_xlabel() == "step"
+
+
+def test_routing_trace_of_one_step_in_given_axes():
+  _, axes = matplotlib.pyplot.subplots(1, 3)
+  assert plots.routing_trace(trace_of(steps=1), axes=axes) is axes
+  assert axes[2].get_legend() is None
+
+
+def test_routing_trace_refuses():
+  trace = trace_of()
+  with pytest.raises(ValueError, match=r"must have \['load'\], got"):
+    plots.routing_trace({"max_violation": trace["max_violation"]})
+  with pytest.raises(ValueError, match=r"entropy \[steps\], got \[6, 3\]"):
+    plots.routing_trace({**trace, "entropy": np.ones(5)})

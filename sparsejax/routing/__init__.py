@@ -54,6 +54,12 @@ from sparsejax.routing.soft import soft_mixture
 from sparsejax.routing.soft import SoftMoE
 from sparsejax.routing.tables import Stem
 from sparsejax.routing.tables import stem
+from sparsejax.routing.traces import neighbor_overlap
+from sparsejax.routing.traces import overlap
+from sparsejax.routing.traces import s_mbu
+from sparsejax.routing.traces import s_mfu
+from sparsejax.routing.traces import stack_traces
+from sparsejax.routing.traces import step_trace
 from sparsejax.routing.upcycling import aggregate
 from sparsejax.routing.upcycling import masked_copies
 from sparsejax.routing.upcycling import neuron_split
