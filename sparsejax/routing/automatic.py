@@ -26,13 +26,18 @@ def automatic(f: Callable, *args: Any, out: Any = None) -> Any:
   [0.0, 2.0]
   """
   meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
-  explicit = [x for x in meshes if AxisType.Explicit in x.axis_types]
-  if not explicit:
+  meshes = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+  if not meshes:
     return f(*args)
-  spec = jax.P() if out is None else jax.typeof(out).sharding.spec
-  axes = tuple(
+  mesh = meshes[0]
+  if out is None:
+    sharding = jax.NamedSharding(mesh, jax.P())
+  else:
+    sharding = jax.typeof(out).sharding
+  axes = [
     name
-    for name, kind in zip(explicit[0].axis_names, explicit[0].axis_types)
+    for name, kind in zip(mesh.axis_names, mesh.axis_types)
     if kind == AxisType.Explicit
-  )
-  return jax.sharding.auto_axes(f, axes=axes, out_sharding=spec)(*args)
+  ]
+  run = jax.sharding.auto_axes(f, axes=tuple(axes), out_sharding=sharding)
+  return run(*args)
