@@ -303,11 +303,10 @@ def keep_masked(masks: PyTree) -> optax.GradientTransformationExtraArgs:
       n: pack(jnp.ones_like(p, bool) & wanted.get(n, True))
       for n, p in leaves.items()
     }
-    zero = jnp.zeros((), jnp.int32)
     return SparseState(
-      count=zero,
+      count=jnp.zeros((), jnp.int32),
       masks=rebuild(bits),
-      violations=zero,
+      violations=jnp.zeros((), jnp.int32),
       churn=jnp.zeros(len(leaves), jnp.int32),
       key=None,
       memory=None,

@@ -112,16 +112,18 @@ def sparsify(
       seen = now.seen(first)
       memory |= {n: rule.remember(seen[n]) for n in plan.leaves}
     bits = {n: masks.pack(m) for n, m in first.items()}
-    zero = jnp.zeros((), jnp.int32)
+    # No array stands in the state twice: it could not be donated.
     return masks.SparseState(
-      count=zero,
+      count=jnp.zeros((), jnp.int32),
       masks=rebuild(bits),
-      violations=zero,
+      violations=jnp.zeros((), jnp.int32),
       churn=jnp.zeros(len(leaves), jnp.int32),
       # A new array: one made outside of a mesh would change its type in it.
       key=None if key_data is None else key_data + 0,
       memory=rebuild(memory) if rule.memory else None,
-      explored=rebuild(bits) if track_explored else None,
+      explored=rebuild(jax.tree.map(jnp.copy, bits))
+      if track_explored
+      else None,
       backward=(
         rebuild({n: masks.pack(m) for n, m in backward.items()})
         if rule.backward_sparsity is not None

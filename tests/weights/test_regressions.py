@@ -265,6 +265,17 @@ class RegressionTest(parameterized.TestCase):
     updates, _ = tx.update({}, tx.init({}), {})
     self.assertEqual(updates, {})
 
+  def test_a_state_made_outside_of_jit_can_be_donated(self):
+    params = {"w": jnp.arange(1.0, 65).reshape(8, 8)}
+    kept = weights.keep_masked({"w": jnp.eye(8, dtype=bool)})
+    for tx in (
+      optax.chain(optax.sgd(0.1), kept),
+      weights.rigl(optax.sgd(0.1), sparsity=0.5, until=100, key=KEY),
+    ):
+      state = tx.init(params)
+      arrays = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+      self.assertLen({x.unsafe_buffer_pointer() for x in arrays}, len(arrays))
+
 
 if __name__ == "__main__":
   absltest.main()
