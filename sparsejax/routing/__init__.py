@@ -1,7 +1,7 @@
 """Which experts process a token, and which tokens are processed."""
 
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.attention_experts import attention_experts
+from sparsejax.routing.attention_experts import attention_mixture
 from sparsejax.routing.attention_experts import MoA
 from sparsejax.routing.attention_experts import stick_breaking
 from sparsejax.routing.balancing import balance_bias

@@ -16,7 +16,7 @@ from sparsejax.routing.modules import MoE
 Array = jax.Array
 
 
-def attention_experts(
+def attention_mixture(
   x: Array,
   found: Assignment,
   params: dict[str, Array],
@@ -63,7 +63,7 @@ def attention_experts(
     ...   "value": one[0],
     ... }
     >>> found = routing.top_k(jnp.zeros((3, 2)), 1)
-    >>> routing.attention_experts(x, found, params).tolist()
+    >>> routing.attention_mixture(x, found, params).tolist()
     [[0.0], [0.25], [0.5]]
 
   Source: mixture-of-attention-heads, Mixture of Attention Heads: Selecting
@@ -263,9 +263,9 @@ class MoA(MoE):
     width: of tokens.
     head: of queries, keys and values.
     experts: how many heads there are to choose among.
-    attention: see `attention_experts`.
+    attention: see `attention_mixture`.
     causal: whether a token reads none behind it.
-    rotate: see `attention_experts`.
+    rotate: see `attention_mixture`.
     rngs: for the initial parameters.
     **options: others of `MoE`, but for `bank` and `dispatch`.
 
@@ -314,7 +314,7 @@ class MoA(MoE):
     """The heads' outputs along an assignment."""
     dtype = self.dtype or x.dtype
     of = {**self.experts, "key": self.key, "value": self.value}
-    y = attention_experts(
+    y = attention_mixture(
       x.astype(dtype),
       found,
       {name: p[...].astype(dtype) for name, p in of.items()},

@@ -117,7 +117,8 @@ def prune_experts(moe: MoE, kept: Array) -> MoE:
   of experts that no token chooses changes nothing.
 
   Args:
-    moe: stays as it is.
+    moe: a `MoE` or `MoA` (a `recipes.UMoE` shares its experts, and cannot lose
+      them alone); it stays as it is.
     kept: concrete int [count], which experts, all different.
 
   Returns:

@@ -102,7 +102,7 @@ def overlap(found: Assignment, other: Assignment) -> Array:
 
   >>> one = routing.top_k(jnp.array([[3.0, 2.0, 1.0]]), 2)
   >>> two = routing.top_k(jnp.array([[1.0, 2.0, 3.0]]), 2)
-  >>> routing.overlap(one, two).round(4).item()
+  >>> print(f"{routing.overlap(one, two):.4f}")
   0.3333
   """
   shapes = [x.probabilities.shape for x in (found, other)]

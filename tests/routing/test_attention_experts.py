@@ -46,7 +46,7 @@ def same(arrays, like, k, token_valid=None):
 def layer(arrays, k=2, kind="softmax", causal=True, token_valid=None):
   params = {name: arrays[name] for name in PARAMS}
   found = route(arrays["logits"], k, token_valid)
-  return routing.attention_experts(
+  return routing.attention_mixture(
     arrays["x"], found, params, attention=kind, causal=causal
   )
 
@@ -138,7 +138,7 @@ def test_head_that_may_read_nothing():
   def call(arrays, readable):
     params = {name: arrays[name] for name in PARAMS}
     found = route(arrays["logits"], 2)
-    return routing.attention_experts(
+    return routing.attention_mixture(
       arrays["x"], found, params, token_valid=readable
     )
 
@@ -166,7 +166,7 @@ def test_rotation():
   @pieces.jit
   def call(arrays):
     params = {name: arrays[name] for name in PARAMS}
-    return routing.attention_experts(
+    return routing.attention_mixture(
       arrays["x"],
       route(arrays["logits"], None),
       params,
@@ -264,7 +264,7 @@ def test_bad_input():
   params = {name: arrays[name] for name in PARAMS}
   found = route(arrays["logits"], 2)
   call = functools.partial(
-    routing.attention_experts, arrays["x"], found, params
+    routing.attention_mixture, arrays["x"], found, params
   )
   with pytest.raises(ValueError, match='attention must be "softmax" or'):
     call(attention="linear")
@@ -272,7 +272,7 @@ def test_bad_input():
     call(attention="stick_breaking", causal=False)
   with pytest.raises(ValueError, match=r"token_valid must be bool\[2, 6\]"):
     call(token_valid=VALID)
-  of = lambda **given: routing.attention_experts(
+  of = lambda **given: routing.attention_mixture(
     **{"x": arrays["x"], "found": found, "params": params, **given}
   )
   with pytest.raises(ValueError, match=r"x must be \[..., tokens, d\]"):
