@@ -156,7 +156,11 @@ def load(
   counted = (noisy < jnp.inf).all(-1) & (noisy > -jnp.inf).any(-1)
   if token_valid is not None:
     counted &= token_valid
-  noisy = jnp.where(counted[:, None], noisy, 0)
+  # Again, for the gradient of what does not count has a NaN where that has one.
+  logits, noise, scale = (
+    jnp.where(counted[:, None], x, 0) for x in (logits, noise, scale)
+  )
+  noisy = logits + noise * scale
   best, _ = lax.top_k(noisy, min(k + 1, experts))
   bar = jnp.broadcast_to(best[:, k - 1 : k], noisy.shape)
   if threshold == "excluding":
