@@ -338,6 +338,55 @@ def tokens_of(valid, routed, width=WIDTH, seed=3):
   return x
 
 
-def at(case):
-  """The seed of a case, the same in every process."""
-  return sum(map(ord, str(case)))
+def found_of(routed, edges):
+  """The oracle's assignment as one of the library."""
+  choices = None
+  if edges not in ("choice", "one expert"):
+    choices = len(routed.token) // routed.num_tokens
+  p = np.zeros((routed.num_tokens, routed.num_experts), np.float32)
+  return routing.Assignment(
+    token=routed.token.astype(np.int32),
+    expert=routed.expert.astype(np.int32),
+    rank=routed.rank.astype(np.int32),
+    weight=routed.weight.astype(np.float32),
+    valid=routed.valid,
+    logits=p,
+    probabilities=p,
+    token_valid=routed.metrics["counted"],
+    unsound=np.int32(0),
+    choices=choices,
+  )
+
+
+def layer(dispatch, bank):
+  """f(x, found, params, cotangent) -> y, and gradients by name; compiled."""
+
+  def f(x, found, params, cotangent):
+    def run(x, weight, params):
+      edges = dataclasses.replace(found, weight=weight)
+      return dispatch(x, edges, BANKS[bank][1], params)
+
+    y, pull = jax.vjp(run, x, found.weight, params)
+    return y, dict(zip(("x", "weight", "params"), pull(cotangent)))
+
+  return jit(f)
+
+
+def same_layer(got, x, routed, bank, params, cotangent, kept=None):
+  """Holds what `layer` returns against the oracle."""
+  kept = routed.valid if kept is None else kept
+  run = BANKS[bank][2]
+  y = lambda x, params: oracle.dispatch(x, routed, run, params, kept)
+  close(got[0], y(x, params))
+  of = lambda x, params: (y(x, params) * cotangent).sum()
+  wide = functools.partial(close, rtol=1e-4, atol=1e-5)
+  # Only what is read has a gradient; the rest may be NaN.
+  clean = np.where(np.isnan(x), 0, x)
+  dx = oracle.numerical_gradient(lambda x: of(x, params), clean)
+  wide(got[1]["x"], dx, err_msg="x")
+  dw = oracle.weight_gradient(clean, routed, run, params, cotangent, kept)
+  wide(got[1]["weight"], dw, err_msg="weight")
+  for name in params:
+    one = lambda array, name=name: of(clean, {**params, name: array})
+    want = oracle.numerical_gradient(one, params[name])
+    wide(got[1]["params"][name], want, err_msg=name)
