@@ -359,7 +359,7 @@ def found_of(routed, edges):
 
 
 def layer(dispatch, bank):
-  """f(x, found, params, cotangent) -> y, and gradients by name; compiled."""
+  """f(x, found, params, cotangent) -> y, and gradients by name."""
 
   def f(x, found, params, cotangent):
     def run(x, weight, params):
@@ -369,7 +369,7 @@ def layer(dispatch, bank):
     y, pull = jax.vjp(run, x, found.weight, params)
     return y, dict(zip(("x", "weight", "params"), pull(cotangent)))
 
-  return jit(f)
+  return f
 
 
 def same_layer(got, x, routed, bank, params, cotangent, kept=None):

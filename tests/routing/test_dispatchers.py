@@ -29,16 +29,29 @@ ROUTERS = (
   "by id",
 )
 # Shapes of edges that are rarer than two a token: one bank of each.
-BANK_OF = {"1": "GELU", "all": "plain", "choice": "SwiGLU"}
+BANK_OF = {
+  "1": "GELU",
+  "all": "plain",
+  "choice": "SwiGLU",
+  "one expert": "SwiGLU",
+}
 
 
 @functools.cache
-def layer(dispatch, bank, edges):
-  del edges  # whose shape is another, as the functions compiled are
+def layer(dispatch, edges, experts):
+  """Of all banks for a shape of edges; one program is cheaper than many."""
+  del experts
   options = {"size": SIZE} if dispatch == "capacity" else {}
-  return problem.layer(
-    functools.partial(getattr(routing, dispatch), **options), bank
-  )
+  run = functools.partial(getattr(routing, dispatch), **options)
+  banks = [BANK_OF[edges]] if edges in BANK_OF else list(problem.BANKS)
+  layers = {bank: problem.layer(run, bank) for bank in banks}
+
+  def f(x, found, params, cotangent):
+    return {
+      bank: layers[bank](x, found, params[bank], cotangent) for bank in banks
+    }
+
+  return problem.jit(f), banks
 
 
 @functools.cache
@@ -50,7 +63,7 @@ def limited(priority, size):
   return problem.jit(f)
 
 
-def check(routed, edges, bank, priority):
+def check(routed, edges, priority, turn=0):
   """One assignment through every dispatcher, with a limit or without."""
   found = problem.found_of(routed, edges)
   x = problem.tokens_of(routed.metrics["counted"], routed)
@@ -67,12 +80,15 @@ def check(routed, edges, bank, priority):
     problem.close(dropped, oracle.dropped(routed, kept))
     assert not np.asarray(found.weight)[~kept].any()
   experts = routed.num_experts
-  params = problem.parameters(bank, experts)
+  params = {name: problem.parameters(name, experts) for name in problem.BANKS}
   cotangent = problem.normal(5, *x.shape)
   for dispatch in dispatchers:
-    run = layer(dispatch, bank, (edges, experts))
+    run, banks = layer(dispatch, edges, experts)
     got = run(x, found, params, cotangent)
-    problem.same_layer(got, x, routed, bank, params, cotangent, kept)
+    bank = banks[turn % len(banks)]
+    problem.same_layer(
+      got[bank], x, routed, bank, params[bank], cotangent, kept
+    )
     assert run._cache_size() == 1
 
 
@@ -82,12 +98,8 @@ def test_routers_dispatchers_and_banks(name):
   router = problem.ROUTERS[name]
   given, valid = router.draw(1)
   routed = router.oracle(given, valid, None)
-  banks = itertools.cycle(problem.BANKS)
-  for _ in range(ROUTERS.index(name)):
-    next(banks)
-  for priority in (None, *PRIORITIES):
-    bank = BANK_OF.get(router.edges, next(banks))
-    check(routed, router.edges, bank, priority)
+  for turn, priority in enumerate((None, *PRIORITIES)):
+    check(routed, router.edges, priority, turn + ROUTERS.index(name))
 
 
 @pytest.mark.parametrize("load", ["all to one", "one token", "nowhere"])
@@ -98,8 +110,8 @@ def test_extreme_loads(load):
     "nowhere": np.full(problem.TOKENS, -1),
   }[load]
   routed = oracle.by_modality(ids, problem.EXPERTS)
-  check(routed, "1", BANK_OF["1"], None)
-  check(routed, "1", BANK_OF["1"], "weight")
+  check(routed, "1", None)
+  check(routed, "1", "weight")
 
 
 def test_one_expert_of_some_tokens():
@@ -107,7 +119,7 @@ def test_one_expert_of_some_tokens():
   router = problem.ROUTERS["depths"]
   given, valid = router.draw(2)
   routed = router.oracle(given, valid, None)
-  check(routed, "one expert", "SwiGLU", None)
+  check(routed, "one expert", None)
 
 
 def test_gradients_of_the_logits_through_a_limit():
@@ -155,11 +167,10 @@ def test_gradients_of_the_logits_through_a_limit():
 def test_beyond_a_buffer_edges_count_for_nothing():
   """Without a limit, in the order of the list."""
   routed = oracle.by_modality(np.zeros(problem.TOKENS, int), problem.EXPERTS)
-  bank = BANK_OF["1"]
+  run, (bank,) = layer("capacity", "1", problem.EXPERTS)
   x = problem.normal(0, problem.TOKENS, problem.WIDTH)
-  y, _ = layer("capacity", bank, ("1", problem.EXPERTS))(
-    x, problem.found_of(routed, "1"), problem.parameters(bank), x
-  )
+  params = {bank: problem.parameters(bank)}
+  y, _ = run(x, problem.found_of(routed, "1"), params, x)[bank]
   assert np.asarray(y)[:SIZE].any(-1).all() and not y[SIZE:].any()
 
 
@@ -209,21 +220,33 @@ def test_vmap():
 def test_bfloat16_is_summed_in_float32():
   """A token's many small outputs do not vanish in their sum."""
   experts = 512
-  found = problem.jit(lambda z: routing.top_k(z, experts, scores="sigmoid"))(
-    jnp.zeros((1, experts))
-  )
   bank = lambda params, rows, sizes: rows
-  for dispatch in (
-    routing.dropless,
-    functools.partial(routing.capacity, size=1),
-  ):
-    y = dispatch(jnp.ones((1, 2), jnp.bfloat16), found, bank, None)
+
+  @problem.jit
+  def f(logits, x):
+    found = routing.top_k(logits, experts, scores="sigmoid")
+    return (
+      routing.dropless(x, found, bank, None),
+      routing.capacity(x, found, bank, None, size=1),
+    )
+
+  for y in f(np.zeros((1, experts)), jnp.ones((1, 2), jnp.bfloat16)):
     assert y.dtype == jnp.bfloat16
     assert y.tolist() == [[experts / 2] * 2]
 
 
-@pytest.mark.parametrize("bank", ["SwiGLU", "plain"])
-@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+AUTO, EXPLICIT = common.AXIS_TYPES
+
+
+@pytest.mark.parametrize(
+  "axis_type, bank",
+  [
+    (EXPLICIT, "SwiGLU"),
+    (EXPLICIT, "plain"),
+    (AUTO, "plain"),
+    pytest.param(AUTO, "SwiGLU", marks=pytest.mark.slow),
+  ],
+)
 def test_eight_devices(axis_type, bank):
   router = problem.ROUTERS["DeepSeek-V3"]
   given, valid = router.draw(0, tokens=16)
@@ -244,14 +267,14 @@ def test_eight_devices(axis_type, bank):
     x, mesh, jax.P(("x", "y")) if np.ndim(x) else jax.P()
   )
   with jax.set_mesh(mesh):
-    got = problem.layer(both, bank)(
+    got = problem.jit(problem.layer(both, bank))(
       put(x),
       jax.tree.map(put, problem.found_of(routed, "2")),
       jax.tree.map(lambda x: common.place(x, mesh, jax.P()), params),
       put(cotangent),
     )
   rows = jax.NamedSharding(mesh, jax.P(("x", "y")))
-  if axis_type == jax.sharding.AxisType.Explicit:
+  if axis_type == EXPLICIT:
     assert got[0].sharding.is_equivalent_to(rows, 2)
     assert got[1]["x"].sharding.is_equivalent_to(rows, 2)
   problem.same_layer(got, x, routed, bank, params, cotangent, kept)
@@ -265,7 +288,8 @@ def test_capacity_of():
     assert routing.capacity_of(edges, experts, factor) == max(1, want)
 
 
-X, FOUND = np.ones((4, 2), np.float32), routing.by_id(np.zeros(4, int), 2)
+X = np.ones((4, 2), np.float32)
+FOUND = problem.found_of(oracle.by_modality(np.zeros(4, int), 2), "1")
 SAME = lambda params, rows, sizes: rows
 
 

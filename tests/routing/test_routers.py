@@ -17,32 +17,50 @@ from tests.oracles import routing as oracle
 from tests.routing import problem
 
 ROUTERS = problem.ROUTERS
-TWO = ROUTERS["top 2"]
+
+
+def one(name, given, valid, cotangent):
+  """An assignment, and gradients by name."""
+
+  def weight(given):
+    found = ROUTERS[name].route(given, valid)
+    return found.weight, found
+
+  _, pull, found = jax.vjp(weight, given, has_aux=True)
+  return found, pull(cotangent)[0]
 
 
 @functools.cache
-def compiled(name):
-  """f(arrays, token_valid, cotangent) -> assignment, gradients by name."""
+def compiled(edges):
+  """All routers of a kind at once: one program is cheaper than many."""
+  return problem.jit(
+    lambda args: {name: one(name, *args[name]) for name in args}
+  )
 
-  def f(given, valid, cotangent):
-    def weight(given):
-      found = ROUTERS[name].route(given, valid)
-      return found.weight, found
 
-    _, pull, found = jax.vjp(weight, given, has_aux=True)
-    return found, pull(cotangent)[0]
-
-  return problem.jit(f)
+@functools.cache
+def results(edges, seed, fill=None):
+  """What routers return, by name; perhaps with padding filled."""
+  args = {}
+  for name, router in ROUTERS.items():
+    if router.edges == edges:
+      given, valid = router.draw(seed)
+      routed = router.oracle(given, valid, None)
+      if fill is not None:
+        logits = given["logits"]
+        logits[~valid] = fill
+      cotangent = problem.normal(seed, len(routed.weight))
+      args[name] = given, valid, cotangent
+  return args, compiled(edges)(args)
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ROUTERS)
 def test_against_the_oracle(name, seed):
   router = ROUTERS[name]
-  given, valid = router.draw(seed)
+  args, outs = results(router.edges, seed)
+  (given, valid, cotangent), (found, back) = args[name], outs[name]
   routed = router.oracle(given, valid, None)
-  cotangent = problem.normal(seed, len(routed.weight))
-  found, back = compiled(name)(given, valid, cotangent)
   problem.same(found, routed)
   if name != "by id":
     assert found.unsound == routed.metrics["nan_tokens"]
@@ -61,10 +79,9 @@ def test_against_the_oracle(name, seed):
 
   # What stands in padding changes no bit of anything.
   for fill in (np.inf, -np.inf, 1e30):
-    logits = np.where(valid[:, None], given["logits"], np.float32(fill))
-    again = compiled(name)({**given, "logits": logits}, valid, cotangent)
-    jax.tree.map(np.testing.assert_array_equal, again, (found, back))
-  assert compiled(name)._cache_size() == 1
+    _, again = results(router.edges, seed, fill)
+    jax.tree.map(np.testing.assert_array_equal, again[name], outs[name])
+  assert compiled(router.edges)._cache_size() == 1
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 6), (11, 1), (0, 6)])
@@ -99,51 +116,72 @@ def test_one_and_none(tokens, experts):
 # --- Where f32 cannot tell scores apart that logits can.
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_choices_where_probabilities_round(scores, renormalize):
+def test_choices_where_probabilities_round():
   """Probabilities of 0 and of 1 in f32 are not ties."""
   logits = np.array(
     [[-300.0, -299.0, 0.0, -298.0], [30.0, 33.0, 31.0, 32.0]], np.float32
   )
-  options = dict(scores=scores, renormalize=renormalize)
-  found = routing.top_k(logits, 3, **options)
-  routed = oracle.top_k(logits.astype(np.float64), 3, **options)
-  problem.same(found, routed)
-  assert found.expert.reshape(2, 3).tolist() == [[2, 3, 1], [1, 3, 2]]
+  options = [
+    dict(scores=scores, renormalize=renormalize)
+    for scores in ("softmax", "sigmoid")
+    for renormalize in (False, True)
+  ]
+  got = problem.jit(lambda x: [routing.top_k(x, 3, **o) for o in options])
+  for found, o in zip(got(logits), options):
+    problem.same(found, oracle.top_k(logits.astype(np.float64), 3, **o))
+    assert found.expert.reshape(2, 3).tolist() == [[2, 3, 1], [1, 3, 2]]
 
 
 def test_weights_that_are_too_small_for_f32_still_have_a_sum():
   logits = np.array([[0.0, -200.0, -201.0, -200.5]], np.float32)
-  forbidden = np.array([1, 0, 0, 0], bool)
-  # Chosen for its bias, not its probability, which is exp(-200).
-  bias = jnp.where(forbidden, -2.0, 0.0)
-  found = routing.top_k(logits, 2, bias=bias, renormalize=True)
-  want = oracle.top_k(logits.astype(np.float64), 2, bias=bias, renormalize=True)
-  problem.close(np.sort(found.weight), np.sort(want.weight), rtol=0.3)
-  assert found.weight.sum() == pytest.approx(1)
-  sigmoid = routing.top_k(
-    logits - 200, 2, scores="sigmoid", allowed=~forbidden, renormalize=True
-  )
+  first = np.array([1, 0, 0, 0], bool)
+  # Chosen for their bias, not their probability, which is exp(-200).
+  bias = np.array([-2.0, 0.5, 0.0, 0.25], np.float32)
+
+  @problem.jit
+  def f(logits):
+    return (
+      routing.top_k(logits, 2, bias=bias, renormalize=True),
+      routing.top_k(
+        logits, 2, scores="sigmoid", allowed=~first, renormalize=True
+      ),
+    )
+
   share = 1 / (1 + math.exp(-0.5))
-  np.testing.assert_allclose(sigmoid.weight, [share, 1 - share], rtol=1e-5)
+  for found in f(logits):
+    assert found.expert.tolist() == [1, 3]
+    np.testing.assert_allclose(found.weight, [share, 1 - share], rtol=1e-5)
 
 
-@pytest.mark.parametrize("scores", ["sigmoid", "identity"])
-def test_expert_choice_where_probabilities_round(scores):
+def test_expert_choice_where_probabilities_round():
   logits = np.array([[30.0], [33.0], [31.0], [-200.0], [-199.0]], np.float32)
-  found = routing.expert_choice(logits, 4, scores=scores)
-  assert found.token.tolist() == [1, 2, 0, 4]
+  choose = lambda logits, scores: (
+    routing.expert_choice(logits, 4, scores=scores).token
+  )
+  for token in problem.jit(
+    lambda x: [choose(x, "sigmoid"), choose(x, "identity")]
+  )(logits):
+    assert token.tolist() == [1, 2, 0, 4]
 
 
 def test_top_p_of_equal_probabilities():
   """Sums that are exact in decimal numbers give the smallest number."""
-  for experts in (3, 10, 64):
-    logits = jnp.full((1, experts), 0.3)
-    for tenth in (1, 3, 6, 7, 9, 10):
-      found = routing.top_p(logits, tenth / 10, experts)
-      want = math.ceil(fractions.Fraction(tenth, 10) * experts)
-      assert found.valid.sum() == want, (experts, tenth)
+  cases = [
+    (experts, tenth) for experts in (3, 10, 64) for tenth in (1, 3, 6, 7, 9, 10)
+  ]
+
+  @problem.jit
+  def numbers(logit):
+    return [
+      routing.top_p(
+        jnp.full((1, experts), logit), tenth / 10, experts
+      ).valid.sum()
+      for experts, tenth in cases
+    ]
+
+  for (experts, tenth), got in zip(cases, numbers(0.3)):
+    want = math.ceil(fractions.Fraction(tenth, 10) * experts)
+    assert got == want, (experts, tenth)
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0))
@@ -202,11 +240,15 @@ def test_forced_beyond_k_and_not_allowed():
 
 
 def test_ids_beyond_a_table_go_nowhere():
-  table, ids = jnp.array([1, 0, 2]), jnp.array([2, 0, 3, 9])
-  experts = table.at[ids].get(mode="fill", fill_value=-1)
-  found = routing.by_id(experts, 3)
-  routed = oracle.hash_(ids, np.asarray(table), 3)
-  problem.same(found, routed)
+  table, ids = np.array([1, 0, 2]), np.array([2, 0, 3, 9])
+
+  @problem.jit
+  def f(table, ids):
+    experts = table.at[ids].get(mode="fill", fill_value=-1)
+    return routing.by_id(experts, 3)
+
+  found = f(table, ids)
+  problem.same(found, oracle.hash_(ids, table, 3))
   assert found.unsound == 2
 
 
@@ -237,55 +279,61 @@ def test_bias_has_the_load_error_as_gradient_whatever_the_loss():
 # --- Under transformations, in other dtypes, on several devices.
 
 
-@pytest.mark.parametrize("name", ["DeepSeek-V3", "top p", "expert choice"])
-def test_vmap(name):
-  router = ROUTERS[name]
-  given = [router.draw(seed)[0] for seed in range(3)]
-  valid = router.draw(0)[1]
-  cotangent = problem.normal(
-    0, len(router.oracle(given[0], valid, None).weight)
-  )
-  stacked = jax.tree.map(lambda *x: np.stack(x), *given)
-  one = compiled(name).__wrapped__
-  many = problem.jit(jax.vmap(one, (0, None, None)))
-  got = many(stacked, valid, cotangent)
-  for i in range(3):
-    want = compiled(name)(given[i], valid, cotangent)
-    jax.tree.map(lambda x, y, i=i: problem.close(x[i], y), got, want)
+MANY = ("DeepSeek-V3", "top p", "expert choice", "per chunk")
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_other_dtypes(dtype):
+def test_vmap():
+  args = [
+    {name: results(ROUTERS[name].edges, seed)[0][name] for name in MANY}
+    for seed in range(2)
+  ]
+  stacked = jax.tree.map(lambda *x: np.stack(x), *args)
+  f = lambda args: {name: one(name, *args[name]) for name in args}
+  got = problem.jit(jax.vmap(f))(stacked)
+  for seed in range(2):
+    for name in MANY:
+      want = results(ROUTERS[name].edges, seed)[1][name]
+      mine = jax.tree.map(lambda x, seed=seed: x[seed], got[name])
+      jax.tree.map(problem.close, mine, want)
+
+
+def test_other_dtypes():
   """Quarters are exact in them, and arithmetic is in f32."""
   logits = problem.grid(2, 9, 6)
-  both = problem.jit(lambda *xs: [routing.top_k(x, 2) for x in xs])
-  jax.tree.map(
-    np.testing.assert_array_equal, *both(logits.astype(dtype), logits)
-  )
+  dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
+  each = problem.jit(lambda xs: [routing.top_k(x, 2) for x in xs])
+  want, *got = each([logits.astype(dtype) for dtype in dtypes])
+  for found in got:
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 @pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
-@pytest.mark.parametrize(
-  "name", ["DeepSeek-V3", "EvoMoE", "BlockFFN", "expert choice", "per chunk"]
-)
-def test_eight_devices(name, axis_type):
-  router = ROUTERS[name]
-  given, valid = router.draw(0, tokens=16)
-  cotangent = problem.normal(0, len(router.oracle(given, valid, None).weight))
-  want = compiled(name)(given, valid, cotangent)
+def test_eight_devices(axis_type):
   mesh = common.mesh_of(axis_type)
   rows = jax.P(("x", "y"))
-  with jax.set_mesh(mesh):
-    placed = {
-      n: common.place(x, mesh, rows if x.ndim == 2 else jax.P())
-      for n, x in given.items()
-    }
-    by_edge = jax.P() if router.edges == "choice" else rows
-    got = problem.jit(compiled(name).__wrapped__)(
-      placed,
+
+  def draw(name):
+    router = ROUTERS[name]
+    given, valid = router.draw(0, tokens=16)
+    edges = len(router.oracle(given, valid, None).weight)
+    return given, valid, problem.normal(0, edges)
+
+  def put(name, given, valid, cotangent):
+    by_edge = jax.P() if ROUTERS[name].edges == "choice" else rows
+    return (
+      {
+        n: common.place(x, mesh, rows if x.ndim == 2 else jax.P())
+        for n, x in given.items()
+      },
       common.place(valid, mesh, rows),
       common.place(cotangent, mesh, by_edge),
     )
+
+  args = {name: draw(name) for name in MANY}
+  f = lambda args: {name: one(name, *args[name]) for name in args}
+  want = problem.jit(f)(args)
+  with jax.set_mesh(mesh):
+    got = problem.jit(f)({name: put(name, *args[name]) for name in MANY})
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     problem.close(x, y)
 
