@@ -21,6 +21,7 @@ from tqdm import auto as tqdm
 from experiments.bench import attention
 from experiments.bench import condensed
 from experiments.bench import grouped
+from experiments.bench import post_training
 from experiments.bench import schedules
 from experiments.bench import select
 from experiments.bench import timing
@@ -32,6 +33,7 @@ _ROOMS = {
   "attention": attention,
   "condensed": condensed,
   "grouped": grouped,
+  "post_training": post_training,
   "schedules": schedules,
 }
 _ONLY = flags.DEFINE_multi_enum("only", None, list(_ROOMS), "Rooms to run.")

@@ -3,10 +3,15 @@
 import sys
 
 from absl.testing import absltest
+from flax import nnx
+import numpy as np
+import tokenizers
 
 from experiments.bench import __main__ as bench
+from experiments.bench import post_training
 from experiments.bench import timing
 from experiments.bench import weights
+from experiments.models import bert
 
 PEER = """
 import json, sys
@@ -50,6 +55,45 @@ class RaceTest(absltest.TestCase):
   def test_mask_state(self):
     bits = weights.mask_bits()
     self.assertEqual(bits["bits per maskable weight"], 1.0)
+
+
+class PostTrainingTest(absltest.TestCase):
+  def test_calibration(self):
+    tokenizer = tokenizers.Tokenizer(
+      tokenizers.models.WordLevel({"[UNK]": 1}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokens, valid = post_training.calibration(tokenizer, "docstrings")
+    lengths = valid.sum(1)
+    self.assertEqual(tokens.shape, (128, 64))
+    np.testing.assert_array_equal(lengths, np.sort(lengths))
+    batches = post_training.batches_of(tokens, valid)
+    self.assertLess(batches[0][0].shape[1], 64)
+    self.assertEqual(sum(v.sum() for _, v in batches), valid.sum())
+    tokens, valid = post_training.calibration(tokenizer, "windows")
+    self.assertEqual(tokens.shape, (128, 64))
+    self.assertTrue(tokens.all() and valid.all())
+
+  def test_every_block_is_pruned(self):
+    config = bert.Config(
+      vocab_size=32,
+      hidden_size=10,
+      num_hidden_layers=2,
+      num_attention_heads=2,
+      intermediate_size=20,
+    )
+    model = bert.Bert(config, rngs=nnx.Rngs(0))
+    batch = np.arange(24).reshape(2, 12), np.arange(24).reshape(2, 12) % 12 < 9
+    prune = post_training.Pruner(model, [batch])
+    method, second, _ = post_training.METHODS["wanda"]
+    spent = []
+    blocks, _ = prune(post_training.update_with(method, spent), second)
+    self.assertLen(spent, 2)
+    for block in blocks:
+      for layer in ("up", "down"):
+        kernel = np.asarray(block[layer]["kernel"][...])
+        self.assertAlmostEqual((kernel == 0).mean(), 0.6)
+    self.assertTrue(np.all(model.blocks[0].up.kernel[...] != 0))
 
 
 if __name__ == "__main__":
