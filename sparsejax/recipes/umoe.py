@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from sparsejax import sharding
 from sparsejax.routing import attention_experts as heads
 from sparsejax.routing import dispatchers
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 from sparsejax.routing.soft import masked_softmax
 
@@ -81,8 +83,8 @@ def premixed_experts(
       f"{sorted(queries)}"
     )
   tokens = heads.in_sequences(x, found)
-  batch, length, width = tokens.shape
   readable = heads.readable_tokens(x, found, token_valid)
+  batch, length, width = tokens.shape
   tokens = jnp.where(readable[..., None], tokens, 0)  # no NaN of padding
   edges = heads.sorted_edges(found)
   rows = x.reshape(-1, width)
@@ -98,8 +100,9 @@ def premixed_experts(
     num_rows=len(edges.order),
   )
   shared = jnp.where(found.token_valid[:, None], rows, 0) @ queries["query"]
-  q, positions = edges.at_positions(own + shared[found.token], batch, length)
+  shared = automatic(lambda x, token: x[token], shared, found.token)
   k = tokens @ queries["key"]
+  q, positions = edges.by_token(own + shared, batch, k[:, :, None])
   if rotate is not None:
     q = rotate(q, positions)
     k = rotate(k[:, :, None], jnp.arange(length))[:, :, 0]
@@ -111,7 +114,7 @@ def premixed_experts(
     may &= positions[:, None] >= jnp.arange(length)
   weights = masked_softmax(logits, jnp.broadcast_to(may, logits.shape))
   mixed = jnp.einsum("bhnt,btd->bnhd", weights.astype(x.dtype), tokens)
-  y = _along(mixed.reshape(-1, width), edges, rows, bank, params)
+  y = _along(edges.in_a_row(mixed), edges, rows, bank, params)
   return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -119,7 +122,7 @@ def _along(mixed, edges, rows, bank, params):
   """The bank's outputs for a row an edge, added up by token."""
   found = edges.found
   if getattr(bank, "fuses", False):
-    return bank(
+    y = bank(
       params,
       mixed,
       found.sizes,
@@ -128,6 +131,7 @@ def _along(mixed, edges, rows, bank, params):
       num_rows=len(rows),
       row_scale=edges.weight,
     )
+    return sharding.like(y, rows)
   valid = found.valid[edges.order]
   out = jnp.where(valid[:, None], mixed[edges.order], 0)
   token = jnp.where(valid, edges.token, len(rows))

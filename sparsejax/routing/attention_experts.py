@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from sparsejax import sharding
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 
 Array = jax.Array
@@ -85,16 +87,19 @@ def attention_mixture(
     )
   readable = readable_tokens(x, found, token_valid)
   sequences = jnp.where(readable[..., None], sequences, 0)  # no NaN of padding
-  edges = sorted_edges(found)
-  queries = edges.rows(
-    lambda rows, **along: pallas_kernels.grouped_matmul(
-      rows, params["query"], found.sizes, **along
-    ),
-    x.reshape(-1, width),
-  )
-  queries, positions = edges.at_positions(queries, batch, length)
   keys = (sequences @ params["key"])[:, :, None]
   values = (sequences @ params["value"])[:, :, None]
+  edges = sorted_edges(found)
+  rows = x.reshape(-1, width)
+  queries = pallas_kernels.grouped_matmul(
+    rows,
+    params["query"],
+    found.sizes,
+    gather=edges.token,
+    scatter=edges.order,
+    num_rows=len(edges.order),
+  )
+  queries, positions = edges.by_token(queries, batch, keys)
   if rotate is not None:
     queries = rotate(queries, positions)
     keys = rotate(keys, jnp.arange(length))
@@ -104,15 +109,16 @@ def attention_mixture(
   else:
     mixed = _stick_breaking(queries, keys, values, positions, readable)
   y = pallas_kernels.grouped_matmul(
-    mixed.reshape(-1, mixed.shape[-1]),
+    edges.in_a_row(mixed),
     params["output"],
     found.sizes,
     gather=edges.order,
     scatter=edges.token,
-    num_rows=batch * length,
+    num_rows=len(rows),
     row_scale=edges.weight,
   )
-  return y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype)
+  y = sharding.like(y, rows)
+  return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def stick_breaking(logits: Array, readable: Array) -> Array:
@@ -156,22 +162,30 @@ class SortedEdges:
   weight: Array
   found: Assignment
 
-  def rows(self, f, x):
-    """f of x's rows along the edges, in the order of the assignment."""
-    count = len(self.order)
-    return f(x, gather=self.token, scatter=self.order, num_rows=count)
+  def by_token(self, rows, batch, like):
+    """Rows of edges as [batch, n, heads, h], and the n positions.
 
-  def at_positions(self, rows, batch, length):
-    """Rows of edges as [batch, n, heads, h], and the n positions."""
+    They are sharded as `like` is, which has as many dimensions.
+    """
     if self.found.choices is None:
       return rows[None, :, None], self.found.token
-    return rows.reshape(batch, length, -1, rows.shape[-1]), jnp.arange(length)
+    length = self.found.num_tokens // batch
+    shape = (batch, length, self.found.choices, rows.shape[-1])
+    rows = automatic(lambda x: x.reshape(shape), rows, out=like)
+    return rows, jnp.arange(length)
+
+  def in_a_row(self, rows):
+    """The reverse."""
+    return automatic(lambda x: x.reshape(-1, x.shape[-1]), rows)
 
 
 def sorted_edges(found: Assignment) -> SortedEdges:
-  group = jnp.where(found.valid, found.expert, found.num_experts)
-  order = jnp.argsort(group)
-  return SortedEdges(order, found.token[order], found.weight[order], found)
+  def by_expert(found):
+    group = jnp.where(found.valid, found.expert, found.num_experts)
+    order = jnp.argsort(group)
+    return order, found.token[order], found.weight[order]
+
+  return SortedEdges(*automatic(by_expert, found), found)
 
 
 def in_sequences(x: Array, found: Assignment) -> Array:

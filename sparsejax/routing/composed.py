@@ -154,7 +154,7 @@ def monet_horizontal(
   Source: monet, Monet: Mixture of Monosemantic Experts for Transformers,
   section 3 (horizontal expert decomposition).
   """
-  x, g1, g2 = _gated(x, gates1, gates2, params, HORIZONTAL)
+  x, g1, g2, params = _gated(x, gates1, gates2, params, HORIZONTAL)
   hidden = _layer(x, params["up"], params["up_bias"], activation)
   mixed = _mixture(g1, hidden)
   y = _down(g2, mixed, params["down"])
@@ -197,7 +197,7 @@ def monet_vertical(
   Source: monet, Monet: Mixture of Monosemantic Experts for Transformers,
   section 3 (vertical expert decomposition).
   """
-  x, g1, g2 = _gated(x, gates1, gates2, params, VERTICAL)
+  x, g1, g2, params = _gated(x, gates1, gates2, params, VERTICAL)
   a = _layer(x, params["up1"], params["up_bias1"], activation)
   b = _layer(x, params["up2"], params["up_bias2"], activation)
   w1, w2 = _weights(g2, g1), _weights(g1, g2)  # summed over the other half
@@ -391,9 +391,10 @@ def _gated(x, gates1, gates2, params, names):
         f"{name} must be [..., heads, {keys}] of x {list(x.shape)}, got "
         f"{list(gates.shape)}"
       )
+  params = jax.tree.map(jnp.asarray, params)
   some = (gates1 != 0).any((-1, -2))
   x = jnp.where(some[..., None], x, 0)  # padding may hold anything
-  return x, gates1.astype(x.dtype), gates2.astype(x.dtype)
+  return x, gates1.astype(x.dtype), gates2.astype(x.dtype), params
 
 
 def _layer(x, up, bias, activation):

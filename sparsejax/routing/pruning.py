@@ -10,6 +10,8 @@ import numpy as np
 
 from sparsejax.routing import dispatchers
 from sparsejax.routing.assignment import Assignment
+from sparsejax.routing.attention_experts import sorted_edges
+from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 
 Array = jax.Array
@@ -48,18 +50,24 @@ def reap(
   Multitask Multilingual Models.
   """
   dispatchers.of_tokens(x, found)
-  expert = jnp.where(found.valid, found.expert, found.num_experts)
-  order = jnp.argsort(expert)
-  token, expert = found.token[order], expert[order]
+  edges = sorted_edges(found)
   if getattr(bank, "fuses", False):
-    rows = bank(params, x, found.sizes, gather=token)
+    rows = bank(params, x, found.sizes, gather=edges.token)
   else:
-    rows = bank(params, x[token], found.sizes)
+    rows = bank(
+      params, automatic(dispatchers.rows_of, x, edges.token), found.sizes
+    )
   norm = jnp.sqrt(jnp.sum(rows.astype(jnp.float32) ** 2, -1))
-  norm = jnp.where(expert < found.num_experts, norm, 0)
-  total = jax.ops.segment_sum(
-    found.weight[order] * norm, expert, found.num_experts
+  weighted = automatic(
+    lambda norm, weight, order: (
+      jnp.zeros_like(norm).at[order].set(norm * weight)
+    ),
+    norm,
+    edges.weight,
+    edges.order,
   )
+  # What stands in rows behind the last group may be anything.
+  total = found.by_expert(jnp.where(found.valid, weighted, 0))
   return total / jnp.maximum(found.sizes, 1)
 
 

@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from sparsejax.routing.automatic import automatic
 from sparsejax.routing.experts import FeedForward
 
 Array = jax.Array
@@ -87,13 +88,18 @@ def soft_mixture(
   mixed = jnp.einsum("...ts,...td->...sd", to_slots, x)
 
   # The bank wants rows expert by expert, whatever their sequence.
-  mixed = mixed.reshape(-1, experts, slots, x.shape[-1]).swapaxes(0, 1)
-  sizes = jnp.full(experts, mixed.shape[1] * slots, jnp.int32)
-  out = bank(params, mixed.reshape(-1, x.shape[-1]), sizes)
-  out = out.reshape(experts, -1, slots, out.shape[-1]).swapaxes(0, 1)
-  out = out.reshape(*lead, experts * slots, out.shape[-1])
-  y = jnp.einsum("...ts,...sd->...td", from_slots, out.astype(x.dtype))
-  return y
+  def by_expert(mixed):
+    mixed = mixed.reshape(-1, experts, slots, mixed.shape[-1])
+    return mixed.swapaxes(0, 1).reshape(-1, mixed.shape[-1])
+
+  def by_sequence(out):
+    out = out.reshape(experts, -1, slots, out.shape[-1]).swapaxes(0, 1)
+    return out.reshape(*lead, experts * slots, out.shape[-1]).astype(x.dtype)
+
+  rows = automatic(by_expert, mixed)
+  sizes = jnp.full(experts, rows.shape[0] // experts, jnp.int32)
+  out = automatic(by_sequence, bank(params, rows, sizes), out=mixed)
+  return jnp.einsum("...ts,...sd->...td", from_slots, out)
 
 
 def masked_softmax(logits: Array, may: Array, axis: int = -1) -> Array:

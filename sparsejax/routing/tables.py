@@ -6,6 +6,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from sparsejax.routing.automatic import automatic
+
 Array = jax.Array
 
 
@@ -61,10 +63,13 @@ def stem(
       f"ids must be integer{list(x.shape[:-1])}, got {ids.dtype}"
       f"{list(ids.shape)}"
     )
-  table = params["table"]
+  table = jnp.asarray(params["table"])
   known = (ids >= 0) & (ids < len(table))
-  rows = table.at[jnp.where(known, ids, len(table))].get(
-    mode="fill", fill_value=0
+  rows = automatic(
+    lambda table, ids: table.at[ids].get(mode="fill", fill_value=0),
+    table,
+    jnp.where(known, ids, len(table)),
+    out=x,
   )
   x = jnp.where(known[..., None], x, 0)  # padding may hold anything
   return (activation(x @ params["gate"]) * rows) @ params["down"]

@@ -134,15 +134,18 @@ def neighbor_overlap(
   >>> routing.neighbor_overlap(routing.top_k(logits, 1)).item()
   0.5
   """
-  pairs = found.token_valid[1:] & found.token_valid[:-1]
-  if segments is not None:
-    if segments.shape != found.token_valid.shape:
-      raise ValueError(
-        f"segments must be int[{found.num_tokens}], got {list(segments.shape)}"
-      )
-    pairs &= segments[1:] == segments[:-1]
-  chosen = _chosen(found)
-  return _likeness(chosen[1:] & pairs[:, None], chosen[:-1] & pairs[:, None])
+  if segments is None:
+    segments = jnp.zeros_like(found.token_valid)
+  elif segments.shape != found.token_valid.shape:
+    raise ValueError(
+      f"segments must be int[{found.num_tokens}], got {list(segments.shape)}"
+    )
+
+  def compare(chosen, valid, segments):
+    pairs = valid[1:] & valid[:-1] & (segments[1:] == segments[:-1])
+    return _likeness(chosen[1:] & pairs[:, None], chosen[:-1] & pairs[:, None])
+
+  return automatic(compare, _chosen(found), found.token_valid, segments)
 
 
 def s_mbu(
@@ -239,8 +242,10 @@ def s_mfu(
 
 def _chosen(found):
   """bool [tokens, experts]"""
-  none = jnp.zeros(found.probabilities.shape, bool)
-  mark = lambda token, expert, valid: none.at[token, expert].max(valid)
+  shape = found.probabilities.shape
+  mark = lambda token, expert, valid: (
+    jnp.zeros(shape, bool).at[token, expert].max(valid)
+  )
   return automatic(mark, found.token, found.expert, found.valid)
 
 

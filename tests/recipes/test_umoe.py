@@ -218,6 +218,19 @@ def test_module():
   assert call.compilations() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type):
+  arrays, weights = arrays_of(60), pieces.draw(61, WIDTH, EXPERTS)
+
+  def f(x):
+    logits = jnp.einsum("btd,de->bte", x, weights)
+    return layer({**arrays, "x": x, "logits": logits})
+
+  x = pieces.draw(62, 8, TOKENS, WIDTH)
+  pieces.compare_on_eight_devices(f, x, axis_type)
+
+
 def test_bad_input():
   arrays = arrays_of(lead=(2,))
   queries = {name: arrays[name] for name in QUERIES}

@@ -82,3 +82,29 @@ def module_jit(f):
 
   outer.compilations = inner._cache_size
   return outer
+
+
+def compare_on_eight_devices(f, x, axis_type):
+  """f of x, whose leading dimension is divided, is f of x on one device.
+
+  So is a gradient. Where shardings are types, a result of as many dimensions
+  is sharded as x is.
+  """
+
+  def both(x):
+    loss = lambda x: sum((y**2).sum() for y in floating(f(x)))
+    return f(x), jax.grad(loss)(x)
+
+  def floating(tree):
+    leaves = jax.tree.leaves(tree)
+    return [y for y in leaves if jnp.issubdtype(y.dtype, jnp.floating)]
+
+  want = jit(both)(x)
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+  with jax.set_mesh(mesh):
+    got = jit(both)(common.place(x, mesh, jax.P("x")))
+  jax.tree.map(lambda a, b: close(a, common.float64(b), 1e-4, 1e-3), got, want)
+  if axis_type == jax.sharding.AxisType.Explicit:
+    for y in jax.tree.leaves(got):
+      if y.ndim == x.ndim:
+        assert y.sharding.spec[0] == "x"

@@ -166,18 +166,17 @@ def test_module(kind):
 
   @pieces.module_jit
   def call(model, x):
-    gradients = nnx.grad(lambda m: (m(x, token_valid=VALID) ** 2).sum())(model)
-    y = model(x, token_valid=VALID)
-    return y, gradients, nnx.state(model, routing.BatchStatistics)
+    square = lambda model: (model(x, token_valid=VALID) ** 2).sum()
+    return model(x, token_valid=VALID), nnx.grad(square)(model)
 
-  y, gradients, _ = call(model, x)
+  y, gradients = call(model, x)
   kernel = common.float64(model.router[...])
   plain = np.where(VALID[:, None], x, 0).astype(np.float64)
   scores = np.einsum("td,dchn->cthn", plain, kernel)
   both = [oracle.monet_gates(s, 2, token_valid=VALID) for s in scores]
   params = {name: common.float64(p[...]) for name, p in model.experts.items()}
   pieces.close(y, oracle.monet(plain, *both, KINDS[kind][1], params))
-  leaves = jax.tree.leaves(nnx.state(gradients, nnx.Param))
+  leaves = jax.tree.leaves(gradients)
   assert all(np.isfinite(g).all() and np.any(g) for g in leaves)
   call(model, x + 1)
   assert call.compilations() == 1
@@ -208,6 +207,21 @@ def test_running_statistics():
       variance=common.float64(model.variance[...][c]),
     )
     pieces.close(found[c], want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type, kind):
+  params, weights = parameters(kind), pieces.draw(90, WIDTH, HEADS, KEYS)
+
+  def f(x):
+    scores = jnp.einsum("td,dhn->thn", x, weights)
+    gates = routing.monet_gates(scores, 2)
+    pair = jnp.array([[1, 2]])
+    return KINDS[kind][0](x, gates, gates, params, removed=pair)
+
+  pieces.compare_on_eight_devices(f, pieces.draw(91, 16, WIDTH), axis_type)
 
 
 def test_bad_input():

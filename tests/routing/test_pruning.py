@@ -60,11 +60,14 @@ def test_saliency_of_several_batches():
 
 
 def test_saliency_of_what_was_dropped():
-  found, _ = routing.limit(route(LOGITS), 1)
-  nothing = found.where(jnp.zeros(len(found.token), bool))
-  run = pieces.jit(lambda found: routing.reap(X, found, BANK, PARAMS))
-  assert (run(found) > 0).sum() == EXPERTS - 1
-  assert not run(nothing).any()
+  @pieces.jit
+  def run(x, keep):
+    found, _ = routing.limit(route(jnp.asarray(LOGITS)), 1)
+    found = found.where(jnp.full(len(found.token), keep))
+    return routing.reap(x, found, BANK, PARAMS)
+
+  assert (run(X, True) > 0).sum() == EXPERTS - 1
+  assert not run(X, False).any()
 
 
 def test_best_experts():
@@ -118,7 +121,7 @@ def test_gates_renormalize():
   kernel = pieces.draw(7, WIDTH, EXPERTS)
   kept = np.array([4, 0, 2])
   left = X @ np.asarray(routing.keep_experts(kernel, kept, axis=-1))
-  found = routing.top_k(jnp.asarray(left), 3)
+  found = pieces.jit(functools.partial(routing.top_k, k=3))(left)
   p = np.array([oracle.softmax(row) for row in common.float64(X @ kernel)])
   want = p[:, kept] / p[:, kept].sum(-1, keepdims=True)
   pieces.close(found.probabilities, want)
@@ -130,6 +133,17 @@ def test_order_is_that_of_kept():
   of = lambda moe: (moe.experts["up"][...], moe.router.kernel[...].T)
   for got, all_of_them in zip(of(pruned), of(moe), strict=True):
     np.testing.assert_array_equal(got, np.asarray(all_of_them)[[3, 1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type):
+  weights = pieces.draw(8, WIDTH, EXPERTS)
+
+  def f(x):
+    return routing.reap(x, routing.top_k(x @ weights, 2), BANK, PARAMS)
+
+  pieces.compare_on_eight_devices(f, pieces.draw(9, 16, WIDTH), axis_type)
 
 
 def test_bad_input():

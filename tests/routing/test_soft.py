@@ -141,6 +141,20 @@ def test_module():
   assert call.compilations() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type):
+  arrays = arrays_of(70)
+  arrays["x"] = pieces.draw(71, 8, TOKENS, WIDTH)
+  weights = pieces.draw(72, WIDTH, EXPERTS, SLOTS)
+
+  def f(x):
+    logits = jnp.einsum("btd,des->btes", x, weights)
+    return soft({**arrays, "x": x, "logits": logits})
+
+  pieces.compare_on_eight_devices(f, arrays["x"], axis_type)
+
+
 def test_bad_input():
   x, bank = jnp.ones((2, 5, 3)), lambda params, rows, sizes: rows
   call = lambda x, logits, **given: routing.soft_mixture(

@@ -83,6 +83,18 @@ def test_module():
   assert call.compilations() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type):
+  params = arrays_of(40)
+  del params["x"]
+
+  def f(x):
+    return routing.stem(x, jnp.argmax(x, -1), params)
+
+  pieces.compare_on_eight_devices(f, pieces.draw(41, 16, WIDTH), axis_type)
+
+
 def test_bad_input():
   arrays = arrays_of()
   x = arrays.pop("x")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from sparsejax import routing
+from tests import common
 from tests.routing import pieces
 
 TOKENS, EXPERTS = 7, 5
@@ -57,21 +58,30 @@ def test_a_step():
 
 
 def test_nothing_is_routed():
-  found = routing.top_k(jnp.zeros((3, 2)), 1, token_valid=jnp.zeros(3, bool))
-  got = routing.step_trace(found, kept=found, other=found)
+  @pieces.jit
+  def nothing(logits):
+    found = routing.top_k(logits, 1, token_valid=jnp.zeros(3, bool))
+    one = routing.top_k(logits[:1], 1)
+    return (
+      routing.step_trace(found, kept=found, other=found),
+      routing.neighbor_overlap(one),
+    )
+
+  got, alone = nothing(np.zeros((3, 2), np.float32))
   for name in ("used", "dropped", "overlap", "neighbors"):
     assert got[name] == 0
-  one = routing.top_k(jnp.zeros((1, 2)), 1)
-  assert routing.neighbor_overlap(one) == 0
+  assert alone == 0
 
 
 def test_expert_choice():
-  logits = jnp.array([[3.0, 0.0], [2.0, 5.0], [1.0, 0.0]])
-  found = routing.expert_choice(logits, 1, scores="identity")
-  got = routing.step_trace(found)
+  @pieces.jit
+  def choose(logits):
+    found = routing.expert_choice(logits, 1, scores="identity")
+    return routing.step_trace(found, other=found)
+
+  got = choose(np.array([[3, 0], [2, 5], [1, 0]], np.float32))
   # Token 0 has expert 0, token 1 has expert 1, token 2 nothing.
-  assert got["used"] == 2 and got["neighbors"] == 0
-  assert routing.overlap(found, found) == 1
+  assert got["used"] == 2 and got["neighbors"] == 0 and got["overlap"] == 1
 
 
 def test_steps_are_stacked():
@@ -154,6 +164,19 @@ def test_utilization_of_many_steps():
     6, tokens=3, expert_flops=10, token_flops=20, seconds=1, peak=240
   )
   assert one == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type):
+  weights = pieces.draw(8, 3, EXPERTS)
+
+  def f(x):
+    found = routing.top_k(x @ weights, 2)
+    kept, _ = routing.limit(found, 3)
+    return routing.step_trace(found, kept=kept, other=found)
+
+  pieces.compare_on_eight_devices(f, pieces.draw(9, 16, 3), axis_type)
 
 
 def test_bad_input():

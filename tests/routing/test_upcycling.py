@@ -16,9 +16,13 @@ BANK = routing.FeedForward()
 WIDTH, HIDDEN, EXPERTS, TOKENS = 4, 6, 3, 5
 X = pieces.draw(0, TOKENS, WIDTH)
 DENSE = {k: v[0] for k, v in pieces.bank(1, 1, WIDTH, HIDDEN).items()}
-dispatch = pieces.jit(
-  lambda x, found, params: routing.dropless(x, found, BANK, params)
-)
+
+
+@functools.partial(pieces.jit, static_argnames=("k", "renormalize", "scale"))
+def mixture(x, logits, params, allowed=None, **options):
+  found = routing.top_k(logits, allowed=allowed, **options)
+  y = routing.dropless(x, found, BANK, params)
+  return y, found.weight.reshape(len(x), -1).sum(-1, keepdims=True)
 
 
 def dense(x):
@@ -26,19 +30,18 @@ def dense(x):
   return np.array([oracle.ffn(bank, 0, row) for row in x])
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_copies_equal_the_dense_network(k):
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_copies_equal_the_dense_network(renormalize, k):
   params = routing.upcycle(DENSE, EXPERTS)
-  assert {name: x.shape[0] for name, x in params.items()} == dict.fromkeys(
-    DENSE, EXPERTS
-  )
-  logits = jnp.asarray(pieces.draw(2, TOKENS, EXPERTS))
-  found = routing.top_k(logits, k, renormalize=True)
-  pieces.close(dispatch(X, found, params), dense(X))
+  shapes = {name: x.shape for name, x in params.items()}
+  assert shapes == {name: (EXPERTS, *x.shape) for name, x in DENSE.items()}
+  logits = pieces.draw(2, TOKENS, EXPERTS)
+  y, share = mixture(X, logits, params, k=k, renormalize=renormalize)
   # Of softmax weights that are not renormalized, it is a part.
-  found = routing.top_k(logits, k)
-  share = np.asarray(found.weight).reshape(TOKENS, k).sum(-1)
-  pieces.close(dispatch(X, found, params), share[:, None] * dense(X))
+  pieces.close(y, share * dense(X))
+  if renormalize or k == EXPERTS:
+    pieces.close(share, np.ones((TOKENS, 1)))
 
 
 def test_copies_in_a_module():
@@ -85,11 +88,11 @@ def test_split_neurons_together_are_the_dense_network(gated, shuffled):
   experts = routing.neuron_split(params, EXPERTS, order=order)
   assert experts["up"].shape == (EXPERTS, WIDTH, HIDDEN // EXPERTS)
   assert experts["down"].shape == (EXPERTS, HIDDEN // EXPERTS, WIDTH)
-  equal = jnp.zeros((TOKENS, EXPERTS))
-  found = routing.top_k(equal, EXPERTS, renormalize=True, scale=float(EXPERTS))
+  equal, scale = np.zeros((TOKENS, EXPERTS), np.float32), float(EXPERTS)
+  y, _ = mixture(X, equal, experts, k=EXPERTS, renormalize=True, scale=scale)
   bank = {k: v[None] for k, v in params.items()}
   want = np.array([oracle.ffn(bank, 0, row) for row in X])
-  pieces.close(dispatch(X, found, experts), want)
+  pieces.close(y, want)
   # Each neuron is in one expert.
   columns = np.asarray(experts["up"]).swapaxes(1, 2).reshape(HIDDEN, WIDTH)
   order = np.arange(HIDDEN) if order is None else order
@@ -104,11 +107,9 @@ def test_aggregation():
   pieces.close(logits[:, :2], X @ kernels[0])
   first = np.arange(5) < 2
   for allowed, bank, own in ((first, one, 0), (~first, two, 1)):
-    found = routing.top_k(logits, 2, allowed=jnp.asarray(allowed))
-    alone = routing.top_k(jnp.asarray(X @ kernels[own]), 2)
-    np.testing.assert_allclose(
-      dispatch(X, found, params), dispatch(X, alone, bank), 1e-5, 1e-5
-    )
+    y, _ = mixture(X, logits, params, allowed, k=2)
+    alone, _ = mixture(X, X @ kernels[own], bank, k=2)
+    np.testing.assert_allclose(y, alone, 1e-5, 1e-5)
 
 
 def test_bad_input():
