@@ -47,7 +47,7 @@ def test_rotation(run):
 
 
 def test_rotation_of_a_signal_that_does_not_vary():
-  """A centered signal of few rows: energies of zero, directions all the same."""
+  """A centered signal of few rows: directions where energies are zero."""
   x = jax.random.normal(jax.random.key(0), (3, D))
   x -= x.mean(-1, keepdims=True)
   q, energies = weights.rotation(capture.Moments.zeros(D).add(x))
