@@ -198,6 +198,11 @@ def over_devices(
     if missing:
       raise ValueError(f"mesh must have axes {tokens}, got {shape}")
     parts = math.prod(shape[name] for name in tokens)
+    if experts is not None and found.num_experts % shape[experts]:
+      raise ValueError(
+        f"experts must have a size that divides the {found.num_experts} "
+        f"experts, got {experts!r} of {shape[experts]} devices"
+      )
     if found.num_tokens % parts:
       raise ValueError(
         f"tokens must have sizes that divide the {found.num_tokens} tokens, "

@@ -17,6 +17,7 @@ FAST = {
   "xla_llvm_disable_expensive_passes": True,
 }
 jit = functools.partial(jax.jit, compiler_options=FAST)
+changed = dataclasses.replace
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
 # No count divides another.
@@ -372,21 +373,26 @@ def layer(dispatch, bank):
   return f
 
 
-def same_layer(got, x, routed, bank, params, cotangent, kept=None):
-  """Holds what `layer` returns against the oracle."""
+def layer_of(x, routed, bank, params, cotangent, kept=None):
+  """What `layer` returns, of the oracle: y, and gradients by name."""
   kept = routed.valid if kept is None else kept
   run = BANKS[bank][2]
-  y = lambda x, params: oracle.dispatch(x, routed, run, params, kept)
-  close(got[0], y(x, params))
-  of = lambda x, params: (y(x, params) * cotangent).sum()
-  wide = functools.partial(close, rtol=1e-4, atol=1e-5)
   # Only what is read has a gradient; the rest may be NaN.
   clean = np.where(np.isnan(x), 0, x)
-  dx = oracle.numerical_gradient(lambda x: of(x, params), clean)
-  wide(got[1]["x"], dx, err_msg="x")
-  dw = oracle.weight_gradient(clean, routed, run, params, cotangent, kept)
-  wide(got[1]["weight"], dw, err_msg="weight")
-  for name in params:
-    one = lambda array, name=name: of(clean, {**params, name: array})
-    want = oracle.numerical_gradient(one, params[name])
-    wide(got[1]["params"][name], want, err_msg=name)
+  arrays = {"x": clean, **params}
+
+  def loss(arrays):
+    y = oracle.dispatch(arrays["x"], routed, run, arrays, kept)
+    return (y * cotangent).sum()
+
+  found = oracle.numerical_gradients(loss, arrays)
+  weight = oracle.weight_gradient(clean, routed, run, params, cotangent, kept)
+  y = oracle.dispatch(x, routed, run, params, kept)
+  return y, dict(
+    x=found["x"], weight=weight, params={n: found[n] for n in params}
+  )
+
+
+def same_layer(got, want):
+  """Holds what `layer` returns against `layer_of`."""
+  jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-5), got, want)

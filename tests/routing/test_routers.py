@@ -307,7 +307,12 @@ def test_other_dtypes():
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
-@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+AUTO, EXPLICIT = common.AXIS_TYPES
+
+
+@pytest.mark.parametrize(
+  "axis_type", [pytest.param(AUTO, marks=pytest.mark.slow), EXPLICIT]
+)
 def test_eight_devices(axis_type):
   mesh = common.mesh_of(axis_type)
   rows = jax.P(("x", "y"))
