@@ -247,7 +247,7 @@ def run(
 
 def rows_of(x: Array, token: Array) -> Array:
   """The rows of tokens; zeros where a token does not exist."""
-  return x.at[token].get(mode="fill", fill_value=0)
+  return jnp.asarray(x).at[token].get(mode="fill", fill_value=0)
 
 
 def combined(

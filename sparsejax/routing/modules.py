@@ -57,6 +57,9 @@ class MoE(nnx.Module):
       expert takes at most; what is dropped is in the metrics.
     priority: who goes first where edges are dropped; see `limit`.
     shared: None, or a module of tokens whose output is added.
+    expert_metadata: of the experts' parameters, as Flax's layers take
+      `kernel_metadata`: {"out_sharding": ("expert",)} divides experts over that
+      axis of the mesh.
     param_dtype: of the experts' parameters; the router's are f32.
     dtype: to compute in, default that of the tokens.
     rngs: for the initial parameters.
@@ -82,6 +85,7 @@ class MoE(nnx.Module):
     capacity_factor: float | None = None,
     priority: str = "position",
     shared: nnx.Module | None = None,
+    expert_metadata: Mapping[str, Any] | None = None,
     param_dtype=jnp.float32,
     dtype=None,
     rngs: nnx.Rngs,
@@ -101,7 +105,10 @@ class MoE(nnx.Module):
       hidden=hidden,
       dtype=param_dtype,
     )
-    self.experts = nnx.data(jax.tree.map(nnx.Param, params))
+    metadata = dict(expert_metadata or {})
+    self.experts = nnx.data(
+      jax.tree.map(lambda x: nnx.Param(x, **metadata), params)
+    )
     self.balance_bias = (
       BalanceBias(jnp.zeros(experts)) if balance_bias else None
     )
@@ -115,11 +122,19 @@ class MoE(nnx.Module):
     self.dtype = dtype
     self.loss = AuxiliaryLoss(jnp.zeros(()))
     # Of the names and shapes that calls give, so that none compiles anew.
-    metrics = balancing.metrics(routers.top_k(jnp.zeros((1, experts)), 1))
+    metrics = jax.eval_shape(
+      lambda: balancing.metrics(routers.top_k(jnp.zeros((1, experts)), 1))
+    )
+    metrics = {n: jnp.zeros(x.shape, x.dtype) for n, x in metrics.items()}
     names = [_name(function) for function, _ in self.losses]
     names += [] if capacity_factor is None else ["dropped"]
+    if len({*names, *metrics}) < len(names) + len(metrics):
+      raise ValueError(
+        "losses must have names of their own, which are no metrics', got "
+        f"{names}"
+      )
     metrics |= dict.fromkeys(names, jnp.zeros(()))
-    self.metrics = RoutingMetrics(jax.tree.map(jnp.zeros_like, metrics))
+    self.metrics = RoutingMetrics(metrics)
 
   def __call__(
     self,
@@ -141,6 +156,9 @@ class MoE(nnx.Module):
 
     Returns:
       Like x; zeros (and what `shared` gives) for tokens that go nowhere.
+
+    Raises:
+      ValueError: for arguments that do not fit each other.
     """
     found, metrics = self.route(
       x, token_valid=token_valid, router=router, key=key
@@ -163,10 +181,22 @@ class MoE(nnx.Module):
     key: Array | None = None,
   ) -> tuple[Assignment, dict[str, Array]]:
     """Which experts process which of the tokens, as one row of them."""
+    if (key is not None) != (self.priority == "random"):
+      raise ValueError(
+        f'key must be given with priority="random" alone, got {key} with '
+        f"{self.priority!r}"
+      )
     rows = x.reshape(-1, x.shape[-1])
     given = {}
     if token_valid is not None:
-      given["token_valid"] = token_valid.reshape(-1)
+      if token_valid.shape != x.shape[:-1] or token_valid.dtype != bool:
+        raise ValueError(
+          f"token_valid must be bool{list(x.shape[:-1])}, got "
+          f"{token_valid.dtype}{list(token_valid.shape)}"
+        )
+      given["token_valid"] = token_valid = token_valid.reshape(-1)
+      # Or NaN in padding would be NaN in the gradient of the router.
+      rows = jnp.where(token_valid[:, None], rows, 0)
     if self.balance_bias is not None:
       given["bias"] = self.balance_bias[...]
     logits = self.router(rows.astype(jnp.float32))
@@ -210,8 +240,10 @@ def auxiliary_loss(model: nnx.Module) -> Array:
   0.5
   """
   losses = jax.tree.leaves(nnx.state(model, AuxiliaryLoss))
-  return sum(losses, start=jnp.zeros(()))
+  # Of layers that were scanned over there is one array.
+  return sum((jnp.sum(x) for x in losses), start=jnp.zeros(()))
 
 
 def _name(function):
+  function = getattr(function, "func", function)  # of functools.partial
   return getattr(function, "__name__", str(function))
