@@ -7,7 +7,6 @@ is written to INPUTS before each row.
 from collections.abc import Callable, Iterator
 import functools
 import pathlib
-import statistics
 import time
 from typing import Any
 
@@ -150,17 +149,22 @@ def facts() -> dict[str, Any]:
   """What the time goes to; the peer prints its own."""
   model, tokenizer, _ = pretrained.load("minilm")
   prune = Pruner(model, batches_of(*calibration(tokenizer, "windows")))
-  median = lambda once: statistics.median(once() for _ in range(3))
-  # Nothing is chosen, and of the statistics only sums are kept.
-  forward = median(timing.timed(prune, keep, False))
   found = {}
   for name, (method, second, _) in METHODS.items():
     spent = []
-    once = timing.timed(prune, update_with(method, spent), second)
+    case = timing.Case(
+      name=name,
+      ours=timing.timed(prune, update_with(method, spent), second),
+      # Nothing is chosen, and of the statistics only sums are kept.
+      peers={"forward": timing.timed(prune, keep, False)},
+      target={},
+    )
     spent.clear()
-    seconds, choosing = median(once), sum(spent) / 3
-    parts = f"{choosing:.2f} s choosing, {forward:.2f} s forward and sums"
-    if second:
-      parts += f", {seconds - forward - choosing:.2f} s second moments"
-    found[f"{name}, windows"] = f"{seconds:.2f} s: {parts}"
+    median = timing.race(case, rounds=3)["median_ms"]
+    choosing = 1e3 * sum(spent) / 6  # every round runs twice
+    rest = median["ours"] - choosing - median["forward"]
+    found[f"{name}, windows"] = (
+      f"{median['ours']:.0f} ms: {median['forward']:.0f} forward and sums, "
+      f"{rest:.0f} second moments, {choosing:.0f} choosing"
+    )
   return found
