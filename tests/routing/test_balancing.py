@@ -251,9 +251,7 @@ def test_inside_of_a_shard_map():
 # --- The smooth load.
 
 
-@pytest.mark.parametrize("threshold", ["excluding", "kth"])
-@pytest.mark.parametrize("k", [1, 2, EXPERTS])
-def test_load(threshold, k):
+def test_load():
   clean, noise = problem.grid(0, 7, EXPERTS), problem.normal(1, 7, EXPERTS)
   scale = np.float32(0.3) + problem.uniform(2, 7, EXPERTS)
   valid = np.arange(7) != 3
@@ -261,24 +259,31 @@ def test_load(threshold, k):
   clean[4, 1:3] = -np.inf
   clean[5, 2] = np.inf
   clean[6] = -np.inf
+  cases = [(t, k) for t in ("excluding", "kth") for k in (1, 2, EXPERTS)]
 
-  def loss(clean, scale):
-    return routing.load(
-      clean, noise, scale, k, threshold=threshold, token_valid=valid
-    )
+  @problem.jit
+  def everything(clean, scale):
+    def loss(clean, scale, threshold, k):
+      return routing.load(
+        clean, noise, scale, k, threshold=threshold, token_valid=valid
+      )
 
-  def want(clean, scale):
+    both = jax.value_and_grad(loss, (0, 1))
+    return [both(clean, scale, *case) for case in cases]
+
+  def want(clean, scale, threshold, k):
     noisy = clean + noise * scale
     return oracle.load(
       clean, noisy, scale, k, threshold=threshold, token_valid=valid
     )
 
-  got, back = problem.jit(jax.value_and_grad(loss, (0, 1)))(clean, scale)
-  problem.close(got, want(clean, scale))
-  for i, x in enumerate((clean, scale)):
-    of = lambda x, i=i: want(*(x, scale) if i == 0 else (clean, x))
-    close = functools.partial(problem.close, rtol=1e-4, atol=1e-5)
-    close(back[i], oracle.numerical_gradient(of, x, 1e-4))
+  wide = functools.partial(problem.close, rtol=1e-4, atol=1e-5)
+  for case, (got, back) in zip(cases, everything(clean, scale)):
+    problem.close(got, want(clean, scale, *case), err_msg=str(case))
+    of_clean = lambda x, case=case: want(x, scale, *case)
+    of_scale = lambda x, case=case: want(clean, x, *case)
+    wide(back[0], oracle.numerical_gradient(of_clean, clean, 1e-4))
+    wide(back[1], oracle.numerical_gradient(of_scale, scale, 1e-4))
 
 
 # --- A bias without a loss.

@@ -70,7 +70,7 @@ def check(routed, edges, priority, turn=0):
   uniform = problem.uniform(11, len(x))
   kept, dispatchers = routed.valid, ["dropless"]
   if priority is not None:
-    dispatchers.append("capacity")
+    dispatchers += ["capacity"] if edges != "all" else []
     kept = oracle.keep(routed, SIZE, priority, uniform)
     found, dropped = limited(priority, SIZE)(found, uniform)
     found = jax.tree.map(
