@@ -1,6 +1,7 @@
 """Runs the benchmarks: a table, and JSON.
 
   python -m experiments.bench --only=select --out=bench.json
+  python -m experiments.bench --only=grouped --case="8 groups" --rounds=21
   python -m experiments.bench --peer='torch=/env/bin/python peer.py'
 
 A peer is a program in an environment of its own; `timing.Peer` says what it
@@ -22,6 +23,7 @@ from experiments.bench import attention
 from experiments.bench import condensed
 from experiments.bench import grouped
 from experiments.bench import post_training
+from experiments.bench import routing
 from experiments.bench import schedules
 from experiments.bench import select
 from experiments.bench import timing
@@ -33,10 +35,12 @@ _ROOMS = {
   "attention": attention,
   "condensed": condensed,
   "grouped": grouped,
+  "routing": routing,
   "post_training": post_training,
   "schedules": schedules,
 }
 _ONLY = flags.DEFINE_multi_enum("only", None, list(_ROOMS), "Rooms to run.")
+_CASE = flags.DEFINE_string("case", "", "What a case's name must contain.")
 _OUT = flags.DEFINE_string("out", None, "Where to write JSON.")
 _PEER = flags.DEFINE_multi_string("peer", [], "name=command of a peer.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Runs of each.", lower_bound=1)
@@ -90,6 +94,8 @@ def main(argv):
   results, facts = [], {}
   for room in _ONLY.value or _ROOMS:
     for case in tqdm.tqdm(_ROOMS[room].cases(bandwidth), room, leave=False):
+      if _CASE.value not in case.name:
+        continue
       peers = {}
       for name, command in commands.items():
         try:
@@ -100,6 +106,8 @@ def main(argv):
       tqdm.tqdm.write(row(results[-1]))
       for peer in peers.values():
         peer.close()
+    if _CASE.value:
+      continue  # facts belong to no case, and take long
     for name, fact in _ROOMS[room].facts().items():
       facts[name] = fact
       print(f"{name}: {fact}")
