@@ -19,6 +19,7 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 Array = jax.Array
 Where = Callable[[str], bool] | None
@@ -157,7 +158,8 @@ class Moments:
       valid: None, or bool of the leading dimensions of x: which rows count.
 
     Returns:
-      The moments of all rows, accumulated in f32.
+      The moments of all rows, accumulated in f32; on Explicit axes they lie
+      whole on every device.
 
     >>> moments = Moments.zeros(2).add(jnp.array([[1.0, 2.0], [3.0, 2.0]]))
     >>> moments.mean.tolist(), moments.second.tolist()
@@ -171,26 +173,45 @@ class Moments:
         f"x must be [..., {self.mean.shape[0]}] and valid of its leading "
         f"dimensions, got {x.shape} and {given}"
       )
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    rows = jnp.float32(x.shape[0])
-    if valid is not None:
-      valid = valid.reshape(-1)
-      x, rows = jnp.where(valid[:, None], x, 0), valid.sum(dtype=jnp.float32)
-    count = self.count + rows
-    weight = 1 / jnp.maximum(count, 1)
-    join = lambda mean, total: mean + weight * (total - rows * mean)
-    table = self.second
-    return Moments(
-      count=count,
-      mean=join(self.mean, x.sum(0)),
-      squares=join(self.squares, (x**2).sum(0)),
-      second=None if table is None else join(table, _products(x)),
+    mesh = jax.typeof(x).sharding.mesh
+    explicit = [
+      name
+      for name, kind in zip(mesh.axis_names, mesh.axis_types)
+      if kind == AxisType.Explicit
+    ]
+    if not explicit:
+      return _added(self, x, valid)
+    # Rows are one axis here, and of sums over them no type tells the sharding.
+    add = jax.sharding.auto_axes(
+      _added,
+      axes=tuple(explicit),
+      out_sharding=jax.NamedSharding(mesh, jax.P()),
     )
+    return add(self, x, valid)
 
   @property
   def variance(self) -> Array:
     """f32 [K]."""
     return jnp.maximum(self.squares - self.mean**2, 0)
+
+
+def _added(moments, x, valid):
+  """The moments with those of further rows."""
+  x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  rows = jnp.float32(x.shape[0])
+  if valid is not None:
+    valid = valid.reshape(-1)
+    x, rows = jnp.where(valid[:, None], x, 0), valid.sum(dtype=jnp.float32)
+  count = moments.count + rows
+  weight = 1 / jnp.maximum(count, 1)
+  join = lambda mean, total: mean + weight * (total - rows * mean)
+  table = moments.second
+  return Moments(
+    count=count,
+    mean=join(moments.mean, x.sum(0)),
+    squares=join(moments.squares, (x**2).sum(0)),
+    second=None if table is None else join(table, _products(x)),
+  )
 
 
 def _products(x: Array) -> Array:

@@ -1,5 +1,6 @@
 """What layers read, and its moments."""
 
+import contextlib
 import functools
 
 from flax import linen
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from sparsejax import capture
+from tests import common
 
 
 class Block(nnx.Module):
@@ -203,18 +205,47 @@ def test_sharded_blocks_in_order():
   )
 
 
-def test_sharded_batches():
-  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES, ids=lambda x: x.name)
+def test_sharded_batches(axis_type):
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
   x = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
   model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-  placed = jax.device_put(x, NamedSharding(mesh, jax.P("x")))
-  (got,) = capture.moments(run, model, [placed]).values()
-  (want,) = capture.moments(run, model, [x]).values()
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(x, NamedSharding(mesh, jax.P("x")))
+    (got,) = capture.moments(run, model, [placed] * 2).values()
+  (want,) = capture.moments(run, model, [x] * 2).values()
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
     got,
     want,
   )
+
+
+@pytest.mark.parametrize(
+  "spec", [("x",), (None, "x"), ("y", "x"), ("x", None, "y")]
+)
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_explicit_rows(run, spec):
+  """Rows, and inputs too, divided over devices by their type."""
+  mesh = common.mesh_of(AxisType.Explicit)
+  x = np.random.default_rng(0).standard_normal((8, 4, 6)).astype(np.float32)
+  valid = np.arange(32).reshape(8, 4) % 3 > 0
+  add = run(lambda moments, x, valid: moments.add(x, valid))
+  want = capture.Moments.zeros(6).add(x, valid)
+  for mesh_set in (False, True):
+    with jax.set_mesh(mesh) if mesh_set else contextlib.nullcontext():
+      placed = common.place(x, mesh, jax.P(*spec))
+      rows = common.place(valid, mesh, jax.P(*spec[:2]))
+      got = add(capture.Moments.zeros(6), placed, rows)
+      again = add(got, placed, rows)
+    assert again.second.sharding.is_fully_replicated
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+      got,
+      want,
+    )
+    assert again.count == 2 * want.count
+    np.testing.assert_allclose(again.second, want.second, rtol=1e-5, atol=1e-6)
 
 
 def test_errors():
