@@ -365,6 +365,7 @@ def test_what_prune_cannot_calibrate_by():
   few = capture.Moments.zeros(K).add(jnp.ones((3, K)))
   # Of rank one, though of rows enough.
   flat = bad(moments, second=jnp.ones((K, K)))
+  lost = "a: .* NaN .* 64 rows for 24 inputs"
   for match, call in (
     ("a: moments must be finite", lambda: weights.prune(
       params, bad(moments, mean=moments.mean.at[2].set(jnp.nan)), gpt)),
@@ -376,8 +377,7 @@ def test_what_prune_cannot_calibrate_by():
       params, {"a": capture.Moments.zeros(K)}, gpt)),
     ("a: damping .* got 0 and 3 rows", lambda: weights.prune(
       params, {"a": few}, undamped)),
-    ("a: .* NaN .* 64 rows for 24 inputs", lambda: weights.prune(
-      params, flat, undamped)),
+    (lost, lambda: weights.prune(params, flat, undamped)),
     ("densities must be of", lambda: weights.prune(
       params, {"a": moments}, weights.wanda, {"b": 0.5})),
     ("layers must be of the parameters, got 'b'", lambda: weights.put_layers(
@@ -447,9 +447,28 @@ def test_errors():
       call()
 
 
-def test_a_hessian_that_cannot_be_inverted_shows():
-  w, moments, _ = layer(k=8)
-  flat = moments.second.at[:].set(1.0)  # of rank one
-  flat = capture.Moments(moments.count, moments.mean, moments.squares, flat)
-  pruned = weights.sparsegpt(w, flat, 0.5, damping=0.0)
-  assert not np.isfinite(pruned.kernel).all()
+def of_rank(rank, seed, scales=1.0):
+  """A kernel, and moments of inputs that lie in fewer directions."""
+  rng = np.random.default_rng(seed)
+  x = rng.standard_normal((ROWS, rank)) @ rng.standard_normal((rank, K))
+  x = jnp.asarray(x * scales, jnp.float32)
+  w = rng.standard_normal((K, N)).astype(np.float32)
+  return w, capture.Moments.zeros(K).add(x)
+
+
+@pytest.mark.parametrize("rank", [1, 12, K - 1])
+def test_a_hessian_that_cannot_be_inverted_shows(rank):
+  """Not by infinities alone: rounding hides that it cannot."""
+  run = functools.partial(weights.sparsegpt, density=0.5, damping=0.0)
+  for seed in range(10):
+    assert not np.isfinite(run(*of_rank(rank, seed)).kernel).any()
+    assert np.isfinite(run(*of_rank(K, seed)).kernel).all()
+
+
+def test_damping_makes_a_hessian_one_that_can_be_inverted():
+  """Also where some inputs are a thousand times larger."""
+  for seed in range(10):
+    scales = np.where(np.arange(K) % 5 == seed % 5, 1e3, 1)
+    w, moments = of_rank(3, seed, scales)
+    pruned = weights.sparsegpt(w, moments, 0.5)
+    assert np.isfinite(pruned.kernel).all()
