@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from experiments.models import checkpoints
 
-_ACTIVATIONS = {
+# By the name that a config.json has for them.
+ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
   "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -38,7 +39,7 @@ class Config:
     """The config of a model; ValueError where it isn't one for this module."""
     checkpoints.refuse(
       settings,
-      hidden_act=_ACTIVATIONS,
+      hidden_act=ACTIVATIONS,
       position_embedding_type=("absolute",),
       is_decoder=(False,),
       add_cross_attention=(False,),
@@ -91,7 +92,7 @@ class Block(nnx.Module):
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     x = self.attention_norm(x + self.attention(x, mask))
-    inner = _ACTIVATIONS[self.hidden_act](self.up(x))
+    inner = ACTIVATIONS[self.hidden_act](self.up(x))
     return self.mlp_norm(x + self.down(inner))
 
 

@@ -73,7 +73,7 @@ def _mlp(block, x):
   """The MLP of a block, cut or not."""
   if hasattr(block, "gate"):
     return block.down(jax.nn.silu(block.gate(x)) * block.up(x))
-  return block.down(bert._ACTIVATIONS[block.hidden_act](block.up(x)))
+  return block.down(bert.ACTIVATIONS[block.hidden_act](block.up(x)))
 
 
 class Block(nnx.Module):
