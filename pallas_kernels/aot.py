@@ -70,6 +70,12 @@ _PACKAGES = {
 }
 # What Pallas kernels are called in a program.
 _KERNELS = (b"tpu_custom_call", b"mosaic_gpu_v2")
+# The result and the name of a collective. What runs asynchronously is one
+# where it ends: where it begins, results hold the operands as well.
+_COLLECTIVE = re.compile(
+  r" = (.*?) ((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter|"
+  r"collective-permute|collective-broadcast)(?:-done)?\("
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,20 @@ class GPUKernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collective:
+  """What a program sends between chips in one way, such as "all-gather".
+
+  Attributes:
+    count: How many instructions there are.
+    bytes: Of their results on a chip. Of a "ragged-all-to-all" that is the room
+      for what comes, however much comes.
+  """
+
+  count: int
+  bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Compiled:
   """What the compiler made of a program; `print` shows it as a table.
 
@@ -109,6 +129,8 @@ class Compiled:
       called: `schedules.Schedule` on TPUs, `GPUKernel` on GPUs. Where several
       have one name, a number is left behind it.
     text: The compiled program as HLO text.
+    collectives: What chips send each other, by name. What is in a loop counts
+      as if it ran once.
   """
 
   target: str
@@ -117,6 +139,16 @@ class Compiled:
   cost: Mapping[str, float] | None
   kernels: Mapping[str, schedules.Schedule | GPUKernel]
   text: str = dataclasses.field(repr=False)
+
+  @property
+  def collectives(self) -> dict[str, Collective]:
+    found = {}
+    for result, name in _COLLECTIVE.findall(self.text):
+      before = found.get(name, Collective(0, 0))
+      found[name] = Collective(
+        before.count + 1, before.bytes + _bytes_of(result)
+      )
+    return dict(sorted(found.items()))
 
   def __str__(self) -> str:
     lines = [f"{self.target}, a program over {_count(self.chips, 'chip')}"]
@@ -127,6 +159,12 @@ class Compiled:
       moved = _bytes(self.cost.get("bytes accessed", 0))
       lines.append(f"cost a chip: {flops:.3g} flops, {moved} accessed")
       lines.append("(of kernels their own estimate; of loops one turn)")
+    if self.collectives:
+      rows = [
+        (name, str(c.count), _bytes(c.bytes))
+        for name, c in self.collectives.items()
+      ]
+      lines += ["", *_table([("collective", "count", "results"), *rows])]
     on_tpu = [k for k in self.kernels.values() if not isinstance(k, GPUKernel)]
     if on_tpu:
       head = "kernel,body,step,other bodies,MXU slots,MXU,spills,copied a step"
@@ -171,6 +209,16 @@ def _bytes(number: float) -> str:
       break
     number /= 1024
   return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+
+
+def _bytes_of(shape: str) -> int:
+  """Of what a program says of a result, such as "(f32[8,2], pred[4])"."""
+  total = 0
+  for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+    bits = re.search(r"\d+", dtype)
+    number = math.prod(int(size) for size in sizes.split(",") if size)
+    total += -(-number * (int(bits[0]) if bits else 8) // 8)
+  return total
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -190,6 +190,28 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
     assert set(aot._tpu_kernels(DATA, call)) == {"matmul"}
     assert not aot._tpu_kernels(DATA, text.replace("{}", "another"))
 
+  def test_collectives(self):
+    text = """
+  %a.1 = (bf16[4,8]{1,0:T(8,128)(2,1)}, f32[]) all-reduce(%x, %y), to_apply=%f
+  %b = (bf16[2]{0}, bf16[8]{0}, u32[]{:S(2)}) all-gather-start(%z)
+  %all-gather-done = bf16[8]{0} all-gather-done(%b)
+  %all-gather.7 = pred[3]{0} all-gather(%c), metadata={op_name="all-gather"}
+  ROOT %r = s4[3]{0} ragged-all-to-all(%all-gather.7, %all-to-all)
+  %fusion = f32[99] fusion(%all-reduce.1)
+"""
+    compiled = aot.Compiled("v6e:2x2", 4, {}, None, {}, text)
+    assert compiled.collectives == {
+      "all-gather": aot.Collective(2, 8 * 2 + 3),
+      "all-reduce": aot.Collective(1, 4 * 8 * 2 + 4),
+      "ragged-all-to-all": aot.Collective(1, 2),
+    }
+    assert [line.split() for line in str(compiled).splitlines()[-4:]] == [
+      ["collective", "count", "results"],
+      ["all-gather", "2", "19", "B"],
+      ["all-reduce", "1", "68", "B"],
+      ["ragged-all-to-all", "1", "2", "B"],
+    ]
+
   def test_tables(self):
     memory = {"argument": 3 << 20, "temp": 0}
     kernels = aot._by_name(schedules.read(DATA))
@@ -378,7 +400,8 @@ def test_program_over_many_chips(axis_type):
 
   compiled = aot.compile_for(jax.grad(loss), w, x, target="v6e:16x16")
   assert compiled.chips == 256
-  assert "all-reduce" in compiled.text
+  # The gradient of a shard of the weights, of the rows of all others.
+  assert compiled.collectives["all-reduce"].bytes == 1024 * 8192 * 2 // 16
   assert compiled.memory["argument"] == (1024 * 8192 + 4096 * 1024) * 2 // 16
   assert compiled.memory["output"] == 1024 * 8192 * 2 // 16
   assert compiled.cost["flops"] < 1e12
