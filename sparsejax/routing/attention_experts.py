@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -11,11 +12,14 @@ import numpy as np
 
 import pallas_kernels
 from sparsejax import sharding
+from sparsejax.routing import routers
 from sparsejax.routing.assignment import Assignment
 from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 
 Array = jax.Array
+
+TOP_2 = functools.partial(routers.top_k, k=2, renormalize="detached")
 
 
 def attention_mixture(
@@ -69,8 +73,7 @@ def attention_mixture(
     [[0.0], [0.25], [0.5]]
 
   Source: mixture-of-attention-heads, Mixture of Attention Heads: Selecting
-  Attention Heads Per Token, section 3; stick-breaking: moduleformer,
-  ModuleFormer, section 3.
+  Attention Heads Per Token; stick-breaking: moduleformer, ModuleFormer.
   """
   if attention not in ("softmax", "stick_breaking"):
     raise ValueError(
@@ -137,7 +140,7 @@ def stick_breaking(logits: Array, readable: Array) -> Array:
   >>> routing.stick_breaking(jnp.zeros(3), jnp.ones(3, bool)).tolist()
   [0.125, 0.25, 0.5]
 
-  Source: moduleformer, ModuleFormer, section 3.
+  Source: moduleformer, ModuleFormer.
   """
   logits = logits.astype(jnp.float32)
   stays = jnp.where(readable, jax.nn.log_sigmoid(-logits), 0)
@@ -270,8 +273,8 @@ class MoA(MoE):
 
   A `MoE` whose experts are heads: its routers, losses, biases, capacities and
   metrics are that one's. Tokens [..., tokens, width] read those of their
-  sequence. The paper's renormalized weights have no gradient through their sum;
-  here they do.
+  sequence. Weights are divided by a sum without a gradient, as in the paper; in
+  its authors' code they are not divided. No noise is added to the logits.
 
   Args:
     width: of tokens.
@@ -280,6 +283,7 @@ class MoA(MoE):
     attention: see `attention_mixture`.
     causal: whether a token reads none behind it.
     rotate: see `attention_mixture`.
+    router: as of `MoE`; default the two best, of weights as above.
     rngs: for the initial parameters.
     **options: others of `MoE`, but for `bank` and `dispatch`.
 
@@ -304,6 +308,7 @@ class MoA(MoE):
     attention: str = "softmax",
     causal: bool = True,
     rotate: Callable[[Array, Array], Array] | None = None,
+    router: Callable[..., Assignment] = TOP_2,
     param_dtype=jnp.float32,
     rngs: nnx.Rngs,
     **options: Any,
@@ -312,6 +317,7 @@ class MoA(MoE):
       width,
       head,
       experts,
+      router=router,
       bank=AttentionHeads(),
       param_dtype=param_dtype,
       rngs=rngs,

@@ -35,7 +35,7 @@ def top_k(
   k: int,
   *,
   scores: str = "softmax",
-  renormalize: bool = False,
+  renormalize: bool | str = False,
   scale: float = 1.0,
   bias: Array | None = None,
   allowed: Array | None = None,
@@ -52,7 +52,8 @@ def top_k(
     k: experts a token goes to.
     scores: "softmax" over the allowed experts, or "sigmoid".
     renormalize: whether the weights of a token are divided by their sum
-      (Mixtral's softmax over the chosen). With k = 1 they are constant then.
+      (Mixtral's softmax over the chosen). With k = 1 they are constant then;
+      with "detached", whose sum has no gradient, they have one (MoA).
     scale: of the weights.
     bias: None, or f32 [experts], added to the scores to choose by, and not to
       the weights. Its cotangent is `load_error`, whatever the loss: with
@@ -91,6 +92,10 @@ def top_k(
   _between("k", k, 1, experts)
   if scores not in ("softmax", "sigmoid"):
     raise ValueError(f'scores must be "softmax" or "sigmoid", got {scores!r}')
+  if renormalize not in (False, True, "detached"):
+    raise ValueError(
+      f'renormalize must be False, True or "detached", got {renormalize!r}'
+    )
   log = jax.nn.log_sigmoid if scores == "sigmoid" else lambda x: x
   share = p = jax.nn.softmax(log(logits))
   if scores == "sigmoid":
@@ -113,7 +118,7 @@ def top_k(
   valid = (best > -jnp.inf) & token_valid[:, None]
   found = _token_choice(expert, valid, p, logits, share, token_valid, unsound)
   if renormalize:
-    found = _renormalized(found, logits, log)
+    found = _renormalized(found, logits, log, renormalize == "detached")
   weight = found.weight * scale
   if bias is not None:
     weight = _tied(weight, bias, load_error(found, axis_names=axis_names))
@@ -150,8 +155,7 @@ def top_p(
     >>> routing.top_p(logits, 0.7, 3).valid.reshape(2, 3).tolist()
     [[True, True, False], [True, False, False]]
 
-  Source: xmoe, Enhancing Efficiency in Sparse Models with Sparser Selection,
-  section 3.2.
+  Source: xmoe, Enhancing Efficiency in Sparse Models with Sparser Selection.
   """
   logits, token_valid, unsound = _checked(logits, token_valid)
   _between("k_max", k_max, 1, logits.shape[1])
@@ -208,7 +212,7 @@ def dense_to_sparse(
     ([1, 1, 1], [1, 1, 0], [1, 0, 0])
 
   Source: evomoe, EvoMoE: An Evolutional Mixture-of-Experts Training Framework
-  via Dense-To-Sparse Gate, equations 4 to 6.
+  via Dense-To-Sparse Gate.
   """
   noisy = logits
   if gumbel is not None:
@@ -316,8 +320,8 @@ def expert_choice(
     >>> routing.expert_choice(logits, 2, scores="sigmoid").token.tolist()
     [1, 2]
 
-  Source: expert-choice, Mixture-of-Experts with Expert Choice Routing, section
-  3.2; mixture-of-depths, Mixture-of-Depths, section 3.
+  Source: expert-choice, Mixture-of-Experts with Expert Choice Routing;
+  mixture-of-depths, Mixture-of-Depths, section 3.
   """
   logits, token_valid, unsound = _checked(logits, token_valid)
   tokens, experts = logits.shape
@@ -377,8 +381,8 @@ def by_id(
     >>> routing.by_id(jnp.array([0, 1, 1, 7]), 2).sizes.tolist()
     [1, 2]
 
-  Source: hash-routing, Hash Layers For Large Sparse Models, section 3;
-  mixture-of-transformers, Mixture-of-Transformers, algorithm 1.
+  Source: hash-routing, Hash Layers For Large Sparse Models;
+  mixture-of-transformers, Mixture-of-Transformers.
   """
   if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(
@@ -520,7 +524,7 @@ def _token_choice(expert, valid, weights, logits, share, token_valid, unsound):
   )
 
 
-def _renormalized(found, logits, log=lambda x: x):
+def _renormalized(found, logits, log=lambda x: x, detached=False):
   """Weights over their sum, for weights in proportion to exp(log(logits)).
 
   From logarithms, since all of a token's weights may be too small for f32.
@@ -533,6 +537,10 @@ def _renormalized(found, logits, log=lambda x: x):
   some = valid.any(-1, keepdims=True)
   weight = jax.nn.softmax(jnp.where(valid | ~some, of_edge, -jnp.inf))
   weight = jnp.where(valid, weight, 0).reshape(-1)
+  if detached:  # the same numbers, with the gradient of weight / fixed sum
+    p = found.weight
+    ratio = p / lax.stop_gradient(jnp.where(p > 0, p, 1))
+    weight = lax.stop_gradient(weight) * jnp.where(p > 0, ratio, 1)
   return dataclasses.replace(found, weight=weight)
 
 

@@ -227,6 +227,36 @@ def test_limits():
   problem.close(mixtral.weight.reshape(9, 2), share)
 
 
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_sum_without_a_gradient(scores):
+  """The same weights, bit for bit; and gradients as if sums were numbers."""
+  logits, valid = problem.awkward(0)
+  cotangent = problem.normal(3, 2 * len(logits))
+
+  @problem.jit
+  def run(logits):
+    def weight(how):
+      of = lambda logits: routing.top_k(
+        logits, 2, scores=scores, renormalize=how, scale=2.0, token_valid=valid
+      )
+      found, pull = jax.vjp(lambda x: of(x).weight, logits)
+      return found, pull(cotangent)[0]
+
+    return weight(True), weight("detached")
+
+  (want, _), (got, back) = run(logits)
+  np.testing.assert_array_equal(got, want)
+  route = functools.partial(oracle.top_k, k=2, scores=scores, token_valid=valid)
+  plain = route(logits)
+  sums = plain.weight.reshape(-1, 2).sum(1).repeat(2)
+  fixed = 2 * cotangent / np.where(sums > 0, sums, 1)
+  numeric = oracle.numerical_gradient(
+    lambda x: route(x, like=plain).weight @ fixed, logits
+  )
+  problem.close(back, numeric)
+  assert np.any(back)
+
+
 def test_forced_beyond_k_and_not_allowed():
   forced = np.array([0, 1, 0, 1, 1, 0], bool)
 
@@ -357,6 +387,7 @@ L = jnp.zeros((4, 6))
     ("k", lambda: routing.top_k(L, 0)),
     ("k", lambda: routing.top_k(L, 7)),
     ("scores", lambda: routing.top_k(L, 1, scores="tanh")),
+    ("renormalize", lambda: routing.top_k(L, 1, renormalize="all")),
     ("bias", lambda: routing.top_k(L, 1, bias=jnp.zeros(4))),
     ("bias", lambda: routing.top_k(L, 1, bias=jnp.zeros(6, jnp.bfloat16))),
     ("allowed", lambda: routing.top_k(L, 1, allowed=jnp.ones(6))),
