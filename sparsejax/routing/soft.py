@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from sparsejax import sharding
 from sparsejax.routing.automatic import automatic
 from sparsejax.routing.experts import FeedForward
 
@@ -56,7 +57,7 @@ def soft_mixture(
     >>> routing.soft_mixture(x, jnp.zeros((2, 2, 1)), bank, params).tolist()
     [[4.0], [4.0]]
 
-  Source: soft-moe, From Sparse to Soft Mixtures of Experts, section 2.1.
+  Source: soft-moe, From Sparse to Soft Mixtures of Experts.
   """
   if (
     x.ndim < 2
@@ -89,17 +90,47 @@ def soft_mixture(
 
   # The bank wants rows expert by expert, whatever their sequence.
   def by_expert(mixed):
-    mixed = mixed.reshape(-1, experts, slots, mixed.shape[-1])
-    return mixed.swapaxes(0, 1).reshape(-1, mixed.shape[-1])
+    return mixed.reshape(-1, experts, slots, mixed.shape[-1]).swapaxes(0, 1)
 
   def by_sequence(out):
-    out = out.reshape(experts, -1, slots, out.shape[-1]).swapaxes(0, 1)
+    out = out.swapaxes(0, 1)
     return out.reshape(*lead, experts * slots, out.shape[-1]).astype(x.dtype)
 
-  rows = automatic(by_expert, mixed)
-  sizes = jnp.full(experts, rows.shape[0] // experts, jnp.int32)
-  out = automatic(by_sequence, bank(params, rows, sizes), out=mixed)
+  def run(params, mixed):
+    rows = mixed.reshape(-1, mixed.shape[-1])
+    sizes = jnp.full(len(mixed), len(rows) // len(mixed), jnp.int32)
+    return bank(params, rows, sizes).reshape(*mixed.shape[:-1], -1)
+
+  if sharding.is_explicit(mixed):
+    out = _on_shards(run, params, by_expert, mixed)
+  else:
+    out = run(params, automatic(by_expert, mixed))
+  out = automatic(by_sequence, out, out=mixed)
   return jnp.einsum("...ts,...sd->...td", from_slots, out)
+
+
+def _on_shards(run, params, by_expert, mixed):
+  """run(params, by_expert(mixed)) on Explicit axes, where nothing is gathered.
+
+  Experts are divided as their parameters are, the slots of each as sequences.
+  """
+
+  def axes(x, dims):
+    parts = jax.typeof(x).sharding.spec[:dims]
+    parts = [part if isinstance(part, tuple) else (part,) for part in parts]
+    return tuple(name for part in parts for name in part if name is not None)
+
+  of_params = {axes(p, 1) for p in jax.tree.leaves(params)}
+  experts = of_params.pop() if len(of_params) == 1 else ()
+  rest = (name for name in axes(mixed, mixed.ndim - 2) if name not in experts)
+  spec = jax.P(experts, tuple(rest))
+  mesh = jax.typeof(mixed).sharding.mesh
+  place = jax.NamedSharding(mesh, spec)
+  mixed = jax.sharding.auto_axes(by_expert, out_sharding=place)(mixed)
+  by_expert = jax.tree.map(lambda _: jax.P(experts), params)
+  return jax.shard_map(
+    run, mesh=mesh, in_specs=(by_expert, spec), out_specs=spec
+  )(params, mixed)
 
 
 def masked_softmax(logits: Array, may: Array, axis: int = -1) -> Array:
@@ -131,8 +162,7 @@ class SoftMoE(nnx.Module):
     >>> moe(jnp.ones((2, 5, 4))).shape
     (2, 5, 4)
 
-  Source: soft-moe, From Sparse to Soft Mixtures of Experts, sections 2.1 and
-  2.3.
+  Source: soft-moe, From Sparse to Soft Mixtures of Experts.
   """
 
   def __init__(

@@ -155,6 +155,42 @@ def test_eight_devices(axis_type):
   pieces.compare_on_eight_devices(f, arrays["x"], axis_type)
 
 
+@pytest.mark.parametrize("sequences", ["x", ("x", "y")])
+def test_slots_go_to_their_experts(sequences):
+  """Experts divided over an axis, that of sequences or another."""
+  mesh = common.mesh_of(jax.sharding.AxisType.Explicit)
+  x, weights = pieces.draw(75, 8, TOKENS, WIDTH), pieces.draw(76, WIDTH, 4, 2)
+  params, seen = pieces.bank(77, 4, WIDTH, 2), []
+
+  def bank(params, rows, sizes):
+    seen.append(rows.shape)
+    return BANK(params, rows, sizes)
+
+  def f(x, params):
+    logits = jnp.einsum("btd,des->btes", x, weights)
+    return routing.soft_mixture(x, logits, bank, params)
+
+  def run(x, params):
+    loss = lambda *args: (f(*args) ** 2).sum()
+    return f(x, params), jax.grad(loss, (0, 1))(x, params)
+
+  want = pieces.jit(run)(x, params)
+  place = lambda x, spec: common.place(x, mesh, spec)
+  divided = jax.tree.map(lambda p: place(p, jax.P("y")), params)
+  args = place(x, jax.P(sequences)), divided
+  seen.clear()
+  with jax.set_mesh(mesh):
+    got = pieces.jit(run)(*args)
+  jax.tree.map(lambda a, b: pieces.close(a, common.float64(b)), got, want)
+  # A device has an eighth of the 8 x 4 x 2 slots.
+  assert set(seen) == {(8, WIDTH)}
+  y, (of_x, of_params) = got
+  for given, found in zip(args, (of_x, of_params), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (given, found)), strict=True):
+      assert a.sharding.is_equivalent_to(b.sharding, 3)
+  assert y.sharding.is_equivalent_to(args[0].sharding, 3)
+
+
 def test_bad_input():
   x, bank = jnp.ones((2, 5, 3)), lambda params, rows, sizes: rows
   call = lambda x, logits, **given: routing.soft_mixture(
