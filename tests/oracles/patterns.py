@@ -81,7 +81,7 @@ def sinks(queries, keys, *, first, local, offset=0):
   """StreamingLLM, the A-shape: the `first` tokens and the last `local` ones.
 
   Source: streaming-llm, Efficient Streaming Language Models with Attention
-  Sinks, section 3.2 (4 first tokens); minference, A-shape.
+  Sinks (4 first tokens); minference, MInference 1.0 (A-shape).
 
   >>> print(picture(sinks(5, 5, first=1, local=2)))
   #....
@@ -127,7 +127,7 @@ def columns(queries, keys, positions, *, offset=0):
 def stripes(queries, keys, *, verticals, slashes, offset=0):
   """Columns and diagonals together, causal: a vertical-slash pattern.
 
-  Source: minference, MInference 1.0, section 3.1 (vertical-slash).
+  Source: minference, MInference 1.0, Algorithm 2 (vertical-slash).
 
   >>> print(picture(stripes(4, 4, verticals=[0], slashes=[0, 2])))
   #...
@@ -144,8 +144,8 @@ def stripes(queries, keys, *, verticals, slashes, offset=0):
 def strided(queries, keys, *, local, stride, offset=0):
   """The last `local` keys and every stride-th one behind, relative to p.
 
-  Source: Generating Long Sequences with Sparse Transformers, section 4.3
-  (strided: both of its heads at once, local = stride).
+  Source: Generating Long Sequences with Sparse Transformers (strided: both
+  of its heads at once, local = stride).
   """
 
   def reads(s, t):
@@ -204,7 +204,7 @@ def s2(
   stride (or any multiple), the heads together read every block.
 
   Source: s2-attention, Efficient LLM Training and Serving with Heterogeneous
-  Context Sharding among Attention Heads, section 3 (figure 2).
+  Context Sharding among Attention Heads (strided heads).
 
   >>> a, b = s2(4, num_heads=2, local=1, stride=2)
   >>> print(picture(a))
@@ -242,7 +242,7 @@ def butterfly(blocks, *, max_stride):
   2, 4 ... max_stride, whose product the flat matrix approximates to first
   order. max_stride is a power of two; 1 is the diagonal alone.
 
-  Source: Pixelated Butterfly, section 3.2 (flat block butterfly).
+  Source: Pixelated Butterfly (flat block butterfly).
 
   >>> print(picture(butterfly(4, max_stride=4)))
   ###.
@@ -267,7 +267,7 @@ def longformer(
   The paper's window w is w / 2 on each side: left = right = w // 2, and the
   token itself. Causal (for language modelling) cuts the future everywhere.
 
-  Source: longformer-bigbird, Longformer, section 3.1.
+  Source: longformer-bigbird, Longformer (attention pattern).
 
   >>> print(picture(longformer(4, left=1, right=1, global_tokens=[0])))
   ####
@@ -302,7 +302,7 @@ def bigbird(blocks, *, random, window_blocks=3, global_blocks=1):
   global row change nothing. Defaults of the paper: 3 window blocks, 2 global
   (one at each end), 3 random, blocks of 64.
 
-  Source: longformer-bigbird, Big Bird, section 2 and appendix D.
+  Source: longformer-bigbird, Big Bird (blocked implementation).
 
   >>> print(picture(bigbird(5, random=[[], [], [], [1], []])))
   #####
@@ -351,8 +351,8 @@ def neighborhood(shape, *, window, stride=1, dilation=1, is_causal=False):
   on a multiple of it is attention within blocks, a window of the whole axis
   is dense. Numbers apply to every axis, or give one for each.
 
-  Source: gna, Generalized Neighborhood Attention, section 3 (definition of
-  stride, window, dilation and of the causal variant).
+  Source: gna, Generalized Neighborhood Attention (definition of window,
+  stride, dilation and the causal variant).
 
   >>> print(picture(neighborhood((5,), window=3)))
   ###..

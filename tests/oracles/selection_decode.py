@@ -25,7 +25,7 @@ def quest_scores(q, k, *, page=16, offset=0):
   sum_d max(q_d * least_d, q_d * most_d), least and most being taken over the
   keys of the page that the query sees. No scale.
 
-  Source: quest, Quest, Algorithm 1.
+  Source: quest, Quest (criticality of a page).
 
   >>> q = np.array([2.0, -1.0]).reshape(1, 1, 2)
   >>> k = np.array([[1.0, 5.0], [3.0, 4.0]]).reshape(2, 1, 2)
@@ -55,7 +55,7 @@ def quest_pages(q, k, *, pages, page=16, last=0, offset=0):
   that is being filled: last=1. Every query head chooses for itself. The first
   two layers are dense.
 
-  Source: quest, Quest, section 3.3 and Algorithm 1 (page 16).
+  Source: quest, Quest (page 16).
   """
   scores = quest_scores(q, k, page=page, offset=offset)
   chosen = []
@@ -81,7 +81,7 @@ def heavy_channels(q, k, *, r):
   with more than one head it averages over both.) Ascending lists [H].
 
   Source: double-sparsity, Post-Training Sparse Attention with Double
-  Sparsity, section 3.1.
+  Sparsity (offline calibration).
 
   >>> q = np.array([[1.0, -3.0, 1.0]]).reshape(1, 1, 3)
   >>> heavy_channels(q, np.ones((1, 1, 3)), r=2)
@@ -104,7 +104,7 @@ def double_sparsity_keys(q, k, *, channels, top_k, offset=0):
   and the labels in 4 bits (left out here); its first two layers are dense.
 
   Source: double-sparsity, Post-Training Sparse Attention with Double
-  Sparsity, Algorithm 1.
+  Sparsity (token sparsity by label cache).
   """
   q, k = float64(q, k)
   group = group_size(q, k)
@@ -127,7 +127,7 @@ def double_sparsity_keys(q, k, *, channels, top_k, offset=0):
 def exact_keys(q, k, *, top_k, offset=0):
   """Positions of the largest logits: [H][S] lists. TidalDecode's selection.
 
-  Source: tidal-decode, TidalDecode, Algorithm 1.
+  Source: tidal-decode, TidalDecode (token selection layer).
   """
   channels = [range(np.shape(q)[2])] * np.shape(q)[1]
   return double_sparsity_keys(
@@ -141,9 +141,9 @@ def tidal_layers(layers, *, dense=2, again=(9,)):
   The first `dense` layers are dense; the next one and those of `again` attend
   to everything and keep their heads' best positions; the others read the
   positions that were kept last, head by head. Prefill is dense. The authors:
-  2 dense layers, one re-selection at layer 9, 13 or 14 by model.
+  2 dense layers, one re-selection, at layer 7, 13 or 14 by model.
 
-  Source: tidal-decode, TidalDecode, Algorithm 1, section 3.3.
+  Source: tidal-decode, TidalDecode (position persistent sparse attention).
 
   >>> tidal_layers(6, again=(4,))
   ['dense', 'dense', 'select', 'reuse', 'select', 'reuse']
@@ -164,7 +164,7 @@ def delta_scores(q, k, *, page=16, offset=0, scale=None):
   The sum over the page's tokens of the largest probability that any query
   head gives the token.
 
-  Source: delta, DELTA, section 3 (unified head selection).
+  Source: delta, DELTA (unified head selection).
   """
   p = selection.probabilities(q, k, offset=offset, scale=scale)
   most = p.max(axis=0)
@@ -180,9 +180,10 @@ def delta_pages(q, k, *, pages, page=16, recent=1, offset=0, scale=None):
 
   The best `pages` with the newest `recent` forced and counted, as in the
   authors' selector (whose tie rule is the lowest page too). The selection
-  layers themselves attend to everything.
+  layers themselves attend to everything: the roles are those of tidal_layers,
+  with more selection layers.
 
-  Source: delta, DELTA, section 3.
+  Source: delta, DELTA (stable recency window).
   """
   scores = delta_scores(q, k, page=page, offset=offset, scale=scale)
   chosen = []
@@ -205,7 +206,7 @@ def snapkv_scores(q, k, *, window=32, kernel=5, pool="avg", scale=None):
   (odd, centered). Beyond the ends of the prefix are zeros, which the average
   counts and the maximum does not see.
 
-  Source: snapkv, SnapKV, section 4 and listing 1.
+  Source: snapkv, SnapKV (observation window and pooling).
   """
   q, k = float64(q, k)
   if kernel % 2 == 0 or len(q) > len(k) or len(q) < window:
@@ -244,7 +245,7 @@ def snapkv_keep(
   capacity 1024 to 4096; the authors' code has average pooling by default,
   kernel 5, window 32 and capacity 2048.
 
-  Source: snapkv, SnapKV, listing 1.
+  Source: snapkv, SnapKV (observation window and pooling).
   """
   group = group_size(q, k)
   rows = np.shape(k)[1] if shared else np.shape(q)[1]

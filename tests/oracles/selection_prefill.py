@@ -248,7 +248,7 @@ def xattention_blocks(
   head. The paper's settings: blocks of 128, stride 8 or
   16, 0.9, or a threshold per head from dynamic programming.
 
-  Source: xattention, XAttention, section 2.2 and Algorithm 1.
+  Source: xattention, XAttention, Algorithm 1 (threshold selection).
   """
   masses = xattention_masses(
     q, k, block=block, stride=stride, norm=norm, is_causal=is_causal
@@ -273,7 +273,7 @@ def anchors(q, k, *, block=128, step=16, scale=None):
   The region is the first block and, from the block before the query's group
   of `step` blocks, everything up to the query.
 
-  Source: anchor-attention, AnchorAttention, Algorithm 1.
+  Source: anchor-attention, AnchorAttention (pattern-based anchors).
   """
   q, k = float64(q, k)
   group = group_size(q, k)
@@ -309,8 +309,8 @@ def anchor_columns(q, k, *, theta=12.0, block=128, step=16, scale=None):
   infinite reads everything. The group's queries read the anchor region (each
   its own) and the kept keys.
 
-  Source: anchor-attention, AnchorAttention, equations 1 and 2, Algorithm 2
-  (theta 12, blocks of 128, step 16).
+  Source: anchor-attention, AnchorAttention (difference-aware stripe
+  sparsity; theta 12, blocks of 128, step 16).
   """
   q, k = float64(q, k)
   group = group_size(q, k)
@@ -360,7 +360,7 @@ def proxy_scores(q, k, *, groups, block=128, stride=8, scale=None):
   be in one group. The keys are averaged over the query heads, so over the
   distinct key heads.
 
-  Source: proxyattn, ProxyAttn, equations 2 and 3.
+  Source: proxyattn, ProxyAttn (unified score estimation).
   """
   q, k = float64(q, k)
   group = group_size(q, k)
@@ -424,7 +424,7 @@ def proxy_blocks(
   paper: K = b N), so that short rows read everything. The own block is
   forced, which the paper does not say.
 
-  Source: proxyattn, ProxyAttn, equation 4.
+  Source: proxyattn, ProxyAttn (sparse mask by dynamic budgets).
   """
   scores = proxy_scores(
     q, k, groups=groups, block=block, stride=stride, scale=scale
@@ -452,12 +452,12 @@ def psa_importance(
   """Importance of pairs of blocks, [H, nq, nk]; not causal.
 
   rows and cols are the positions within a block that stand for it (in the
-  paper a random quarter of them, the same in all blocks; None: all). The
-  softmax runs over the kept keys; the largest probability of each pair is
+  authors' code a random quarter of them, the same in all blocks; None: all).
+  The softmax runs over the kept keys; the largest probability of each pair is
   divided by the sum over the row.
 
-  Source: psa, PSA, section 3.2 (for generation; for understanding it is
-  XAttention's mass).
+  Source: psa, PSA (for generation; for understanding it is XAttention's
+  mass).
   """
   q, k = float64(q, k)
   keep_q = list(range(block_q)) if rows is None else list(rows)
@@ -481,7 +481,7 @@ def psa_levels_by_quota(row, ends):
   the count of a level up to a multiple of 2^l * tile / block, so that whole
   tiles are filled (one tile a block: a multiple of 2^l); here it does not.
 
-  Source: psa, PSA, equation 6 (quota).
+  Source: psa, PSA (levels by quota).
 
   >>> psa_levels_by_quota([0.1, 0.4, 0.3, 0.2], [0.25, 0.75])
   [-1, 0, 1, 1]
@@ -506,7 +506,7 @@ def psa_levels_by_mass(row, thresholds):
   authors' code takes into every level the block that crosses its threshold,
   and at least int(0.06 * n) + 1 blocks into the first.
 
-  Source: psa, PSA, equation 6 (threshold).
+  Source: psa, PSA (levels by cumulative threshold).
 
   >>> psa_levels_by_mass([0.125, 0.5, 0.25, 0.125], [0.5, 0.75, 0.9])
   [2, 0, 1, -1]
@@ -533,7 +533,7 @@ def psa_caps(k, *, block, thresholds):
   counts, also above one that is not. For runs of 2 these are the even and
   the odd keys. The thresholds are settings of a model.
 
-  Source: psa, PSA, section 3.2 (similarity constraint).
+  Source: psa, PSA (similarity within a block).
   """
   k = float64(k)
   out = np.zeros((k.shape[1], len(k) // block), int)

@@ -228,8 +228,8 @@ def key_convolution(k, w):
   the first are zero. The result replaces the keys everywhere, in the routing
   and in the attention. The paper's widths are 3 and 5.
 
-  Source: flash-moba, Optimizing Mixture of Block Attention, section on key
-  convolution (appendix B).
+  Source: flash-moba, Optimizing Mixture of Block Attention (key
+  convolution).
 
   >>> k = np.array([1.0, 2.0]).reshape(2, 1, 1)
   >>> w = np.array([0.0, 1.0]).reshape(2, 1, 1)
@@ -257,7 +257,7 @@ def moba_blocks(q, k, *, block, top_k, offset=0, is_causal=True):
   The authors' configurations: block 512 and top-k 3 in the scaling law,
   4096 and 12 at 1M; FlashMoBA: block 128, top-k 8.
 
-  Source: moba, MoBA, equations 4 to 6; flash-moba, equation 1.
+  Source: moba, MoBA, equations 4 to 6; flash-moba.
   """
   q, k = float64(q, k)
   group = group_size(q, k)
@@ -291,7 +291,8 @@ def moba_snr(difference, dim, block, *, clustered=1, cluster_difference=0.0):
   for unit-norm vectors; a block that gathers m related keys adds m - 1 times
   theirs. A noise block wins with probability Phi(-SNR).
 
-  Source: flash-moba, Optimizing Mixture of Block Attention, equation 3.
+  Source: flash-moba, Optimizing Mixture of Block Attention (signal-to-noise
+  ratio).
 
   >>> moba_snr(0.5, 64, 32)
   0.5
@@ -427,8 +428,14 @@ def infllm_scores(
   that the sum is no longer 1; None is exact. Where no wide window is past,
   nothing is normalized and the row is 0.
 
-  Source: infllm-v2, InfLLM-V2, equations 3 to 5 (minicpm4, MiniCPM4, section
-  2.2.1).
+  The range of equation 7, i * 4 ... i * 4 + 4, would leave out the window
+  before the block and take in one behind it; this is the kernels' range, and
+  MiniCPM4's equation 1 (all windows that intersect the block). The paper
+  writes no scale; the kernels have D ** -0.5. MiniCPM4 averages over the
+  group, which is the same order.
+
+  Source: infllm-v2, InfLLM-V2, equations 4 to 7, and 8 (coarse); minicpm4,
+  MiniCPM4, equation 1.
   """
   q, k = float64(q, k)
   group = group_size(q, k)
@@ -438,7 +445,16 @@ def infllm_scores(
     q, pooled, length=length, stride=stride, offset=offset, scale=scale
   )
   if coarse is not None:
-    p = _coarse_probabilities(q, k, pooled, p, coarse, offset, scale)
+    p = coarse_probabilities(
+      q,
+      k,
+      p,
+      coarse=coarse,
+      length=length,
+      stride=stride,
+      offset=offset,
+      scale=scale,
+    )
   blocks = -(-len(k) // block)
   out = np.zeros((k.shape[1], len(q), blocks))
   for g, s, j in np.ndindex(*out.shape):
@@ -450,16 +466,27 @@ def infllm_scores(
   return out
 
 
-def _coarse_probabilities(q, k, pooled, p, coarse, offset, scale):
-  length, stride = coarse
-  wide = nsa_compress(k, length=length, stride=stride)
+def coarse_probabilities(
+  q, k, p, *, coarse, length=32, stride=16, offset=0, scale=None
+):
+  """Window probabilities p [H, S, C] with the denominator of wider windows.
+
+  exp(z - lse of the windows of coarse = (length, stride)), zero where a
+  window is not visible.
+
+  Source: infllm-v2, InfLLM-V2, equation 8 (LSE approximation).
+  """
+  q, k = float64(q, k)
   group = group_size(q, k)
+  scale = q.shape[2] ** -0.5 if scale is None else scale
+  pooled = nsa_compress(k, length=length, stride=stride)
+  wide = nsa_compress(k, length=coarse[0], stride=coarse[1])
   out = np.zeros(p.shape)
   for h, s in np.ndindex(*p.shape[:2]):
     z = [
       scale * float(np.dot(q[s, h], x[h // group]))
       for c, x in enumerate(wide)
-      if c * stride + length - 1 <= s + offset
+      if c * coarse[1] + coarse[0] - 1 <= s + offset
     ]
     if not z:
       continue
@@ -475,12 +502,12 @@ def infllm_blocks(
   q,
   k,
   *,
-  top_k=64,
+  top_k=96,
   length=32,
   stride=16,
   block=64,
   initial=1,
-  local=33,
+  local=32,
   offset=0,
   scale=None,
   coarse=None,
@@ -488,14 +515,12 @@ def infllm_blocks(
   """Stage 1's choice: blocks of each token and key head, [Hkv][S] lists.
 
   `initial` first and `local` last blocks (own included) are forced and count
-  in top_k. The rest are the best of the blocks up to the own one. MiniCPM4's
-  configuration: windows of 32 every 16, blocks of 64, 1 initial block, a
-  local window of 2048, top-k 64, dense up to 8192 tokens. The kernel forces
-  local + 1 blocks for its local_blocks = window / 64 (the own one and 32
-  before it: the default here), and where more are forced than top_k holds it
-  drops some; here all stay.
+  in top_k, which is the size of the union: the paper's 96 are 1 initial, 32
+  local and 63 chosen among the remaining ones. Only blocks up to the own one
+  are candidates. The kernel forces local + 1 blocks (the own one and `local`
+  before it), and drops some where more are forced than fit; here all stay.
 
-  Source: infllm-v2, InfLLM-V2, section 3.2.
+  Source: infllm-v2, InfLLM-V2, equations 2 and 3.
   """
   scores = infllm_scores(
     q,
@@ -521,7 +546,8 @@ def infllm(q, k, v, *, dense_length=8192, offset=0, block=64, **options):
   """Stage 2: attention over the chosen blocks, out and lse.
 
   One softmax over everything that is read (no gates, no compressed branch).
-  Up to dense_length keys it is dense attention.
+  Up to dense_length keys (8192 in MiniCPM4's configuration) it is dense
+  attention.
   """
   scale = options.get("scale")
   if len(k) <= dense_length:
@@ -591,10 +617,11 @@ def seer_gate(
   w_k [Hkv, len(k_pool) * D, G]: a linear map for each head. Both results get
   a rotary embedding at the position of the block's first token, i * block
   (base None: none), and the product is scaled by G ** -0.5. The gate's
-  probabilities are the softmax of a row.
+  probabilities are the softmax of a row. The paper has a reduced base,
+  theta / block; the authors' code keeps the model's base, as here.
 
-  Source: seer-attention, SeerAttention, section 3.1 (AttnGate: Q average,
-  K max, min and average, block 64).
+  Source: seer-attention, SeerAttention, equation 1 (Q average, K max, min
+  and average, block 64).
   """
   q, k, w_q, w_k = float64(q, k, w_q, w_k)
   group = group_size(q, k)
@@ -615,9 +642,10 @@ def seer_target(q, k, *, block=64, offset=0, is_causal=True, scale=None):
   """What the gate is trained for, [H, nq, nk]: rows that sum to 1.
 
   The largest attention probability in each pair of blocks, divided by the sum
-  of the row. q and k with their position embedding.
+  of the row (the division is in the authors' code only; equation 2 stops
+  before it). q and k with their position embedding.
 
-  Source: seer-attention, SeerAttention, equation 4 (2-D max pooling).
+  Source: seer-attention, SeerAttention, equation 2.
   """
   p = selection.probabilities(
     q, k, offset=offset, is_causal=is_causal, scale=scale
@@ -634,10 +662,10 @@ def seer_target(q, k, *, block=64, offset=0, is_causal=True, scale=None):
 def seer_loss(logits, target):
   """KL(target || softmax of the gate) of each row, [H, nq].
 
-  The paper has the mean over rows. The authors' code divides the sum by the
-  number of all elements, and leaves out the first quarter of the rows.
+  How rows are averaged is the caller's: the authors' code divides the sum by
+  the number of all elements, and leaves out the first quarter of the rows.
 
-  Source: seer-attention, SeerAttention, equation 5.
+  Source: seer-attention, SeerAttention, equation 2.
   """
   logits, target = float64(logits, target)
   out = np.zeros(logits.shape[:2])
@@ -659,7 +687,7 @@ def seer_blocks(logits, *, top_k=None, threshold=None, dense_rows=0):
   reads everything in the last two rows under an option (dense_rows).
   Their ratio of nonzeros r is top_k = max(1, int((1 - sqrt(1 - r)) * n)).
 
-  Source: seer-attention, SeerAttention, section 3.3.
+  Source: seer-attention, SeerAttention, equations 3 and 4.
   """
   logits = float64(logits)
   chosen = []
@@ -688,7 +716,7 @@ def moa_influence(a, slope):
   the changes the loss grows by a_j / (1 - a_j) * (sum_n slope_n a_n - slope_j).
   Where a_j is 1 the row is left with nothing: -slope_j.
 
-  Source: moa-sparse-attention, MoA, equation 5 (section 4.1).
+  Source: moa-sparse-attention, MoA (influence of masking).
 
   >>> moa_influence([[0.5, 0.5]], [[2.0, 0.0]]).tolist()
   [[-1.0, 1.0]]
@@ -737,7 +765,7 @@ def moa_spans(influences, options, *, density, sinks=64):
 
   Returns None where no choice is within the budget.
 
-  Source: moa-sparse-attention, MoA, equation 7 (section 4.2).
+  Source: moa-sparse-attention, MoA (choice of spans).
   """
   lengths = [len(x[0]) for x in influences]
   num_heads = len(influences[0])
@@ -772,7 +800,7 @@ def mosa_tokens(scores, *, k, include_first=False):
   At least 2 and at most T tokens, as in the authors' code, where
   k = T // sparsity. With include_first token 0 is one of the k.
 
-  Source: mosa-expert-choice-attention, Mixture of Sparse Attention, section 2.
+  Source: mosa-expert-choice-attention, Mixture of Sparse Attention.
   """
   scores = float64(scores)
   k = min(max(k, 2), len(scores))
@@ -789,7 +817,7 @@ def mosa(scores, q, k, v, *, chosen, scale=None):
   head did not take get zero from it. The output projection and the dense
   heads beside it are the caller's.
 
-  Source: mosa-expert-choice-attention, Mixture of Sparse Attention, section 2.
+  Source: mosa-expert-choice-attention, Mixture of Sparse Attention.
   """
   scores = float64(scores)
   read = [

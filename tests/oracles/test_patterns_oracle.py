@@ -145,6 +145,24 @@ class GlobalsTest(parameterized.TestCase):
     every = [range(n)] * n
     same(oracle.bigbird(n, random=every), np.ones((n, n)))
 
+  @authors("longformer")
+  def test_longformer_authors(self, case):
+    options = {key: x for key, x in case.items() if key != "rows"}
+    want = [[x == "#" for x in row] for row in case["rows"]]
+    same(oracle.longformer(**options), want)
+
+  @authors("bigbird")
+  def test_bigbird_authors(self, case):
+    # Their draw is theirs; what is not drawn and what may be, is checked.
+    rows = np.array([[x == "#" for x in row] for row in case["rows"]])
+    n = len(rows)
+    fixed = oracle.bigbird(n, random=[[]] * n)
+    drawn = [np.flatnonzero(row).tolist() for row in rows & ~fixed]
+    same(oracle.bigbird(n, random=drawn), rows)
+    for i in range(1, n - 1):
+      self.assertContainsSubset(drawn[i], oracle.bigbird_candidates(i, n))
+      self.assertLen(drawn[i], case["random_blocks"])
+
 
 class NeighborhoodTest(parameterized.TestCase):
   def test_one_axis_without_stride(self):

@@ -405,6 +405,23 @@ class PsaTest(parameterized.TestCase):
       got = oracle.psa_levels_by_quota(row, case["ends"])
       self.assertEqual([0 if x < 0 else 2**x for x in got], want)
 
+  @authors("psa_mass")
+  def test_mass_authors(self, case):
+    # Theirs take the block that crosses a threshold too, and 6% at least.
+    rows = np.abs(normal(case["seed"], *case["shape"]))
+    for row, want in zip(rows, case["pooling"]):
+      mine = oracle.psa_levels_by_mass(row, case["thresholds"])
+      order = np.argsort(-row, kind="stable")
+      got, begin = np.zeros(len(row), int), 0
+      for level in range(len(case["thresholds"])):
+        within = sum(0 <= x <= level for x in mine)
+        end = max(begin, min(within + 1, len(row)))
+        if level == 0:
+          end = max(end, int(0.06 * len(row)) + 1)
+        got[order[begin:end]] = 2**level
+        begin = end
+      self.assertEqual(got.tolist(), want)
+
   @authors("psa_caps")
   def test_caps_authors(self, case):
     k = normal(case["seed"], *case["shape"])

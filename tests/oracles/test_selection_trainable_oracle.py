@@ -379,6 +379,8 @@ class InfllmTest(parameterized.TestCase):
     q, k = normal(0, s, heads, d), normal(1, s, kv_heads, d)
     pooled = oracle.nsa_compress(k)
     p = oracle.window_probabilities(q, pooled, length=32, stride=16)
+    if "coarse" in case:
+      p = oracle.coarse_probabilities(q, k, p, coarse=case["coarse"])
     got = p.reshape(kv_heads, -1, *p.shape[1:]).sum(axis=1)
     close(got[:, case["rows"]], case["scores"])
 
