@@ -22,6 +22,7 @@ from jax.experimental.custom_partitioning import CompoundFactor
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.custom_partitioning import SdyShardingRule
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -157,13 +158,19 @@ def per_shard(
   def partition(devices, arg_shapes, result_shapes):
     axes = choose([x.sharding for x in arg_shapes])
 
+    def on_shards(*args):
+      # Traced while XLA compiles, within whatever mesh was set around it, whose
+      # Explicit axes would become shardings of what is a shard already.
+      with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return local(axes, *args)
+
     def shardings(names, shapes):
       pairs = zip(names, shapes, strict=True)
       return tuple(NamedSharding(devices, place(axes, *pair)) for pair in pairs)
 
     return (
       devices,
-      functools.partial(local, axes),
+      on_shards,
       shardings(out_names, result_shapes),
       shardings(names, arg_shapes),
     )
