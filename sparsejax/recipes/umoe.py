@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -75,7 +75,8 @@ def premixed_experts(
     >>> recipes.premixed_experts(x, found, bank, params, queries).shape
     (2, 5, 4)
 
-  Source: umoe, UMoE: Unifying Attention and FFN with Shared Experts, section 3.
+  Source: umoe, UMoE: Unifying Attention and FFN with Shared Experts, equations
+  9 to 11.
   """
   if set(queries) != {"query", "key", "down", "up"}:
     raise ValueError(
@@ -179,8 +180,10 @@ class UMoE(MoE):
     >>> (x + ffn(x)).shape
     (2, 5, 4)
 
-  Source: umoe, UMoE: Unifying Attention and FFN with Shared Experts, section 3.
+  Source: umoe, UMoE: Unifying Attention and FFN with Shared Experts.
   """
+
+  borrows_experts: ClassVar[bool] = True
 
   def __init__(
     self,

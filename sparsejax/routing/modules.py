@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -70,6 +70,8 @@ class MoE(nnx.Module):
     >>> moe(jnp.ones((2, 5, 4))).shape, moe.metrics["load"].shape
     ((2, 5, 4), (3,))
   """
+
+  borrows_experts: ClassVar[bool] = False  # True where they are another's
 
   def __init__(
     self,

@@ -125,8 +125,8 @@ def prune_experts(moe: MoE, kept: Array) -> MoE:
   of experts that no token chooses changes nothing.
 
   Args:
-    moe: a `MoE` or `MoA` (a `recipes.UMoE` shares its experts, and cannot lose
-      them alone); it stays as it is.
+    moe: a `MoE` or `MoA`; it stays as it is. Not a `recipes.UMoE`, which would
+      no longer share its experts: remove those of its `ffn`, and make another.
     kept: concrete int [count], which experts, all different.
 
   Returns:
@@ -134,7 +134,8 @@ def prune_experts(moe: MoE, kept: Array) -> MoE:
     token, groups and masks are those of `moe`.
 
   Raises:
-    ValueError: kept is not a list of the mixture's experts.
+    ValueError: kept is not a list of the mixture's experts, or they are not
+      its own.
 
   Example:
     >>> from flax import nnx
@@ -142,6 +143,12 @@ def prune_experts(moe: MoE, kept: Array) -> MoE:
     >>> routing.prune_experts(moe, jnp.array([0, 2])).experts["up"].shape
     (2, 4, 8)
   """
+  if not isinstance(moe, MoE) or moe.borrows_experts:
+    raise ValueError(
+      "moe must be a MoE with experts of its own, got a "
+      f"{type(moe).__name__}; experts that are shared are removed where they "
+      "are, and what shares them is made anew"
+    )
   experts = moe.router.out_features
   ids = np.asarray(kept)
   sound = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer)

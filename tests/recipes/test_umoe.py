@@ -231,6 +231,17 @@ def test_eight_devices(axis_type):
   pieces.compare_on_eight_devices(f, x, axis_type)
 
 
+def test_experts_that_are_shared_are_not_removed():
+  block = pieces.made(lambda: Block(nnx.Rngs(0)))
+  kept = np.array([0, 2])
+  with pytest.raises(ValueError, match=r"^moe must be a MoE .* got a UMoE"):
+    routing.prune_experts(block.attention, kept)
+  ffn = routing.prune_experts(block.ffn, kept)
+  again = recipes.UMoE(ffn, head=HEAD, rank=RANK, rngs=nnx.Rngs(0))
+  assert again.experts["up"] is ffn.experts["up"]
+  assert again.queries["up"].shape == (2, RANK, HEAD)
+
+
 def test_bad_input():
   arrays = arrays_of(lead=(2,))
   queries = {name: arrays[name] for name in QUERIES}

@@ -153,6 +153,9 @@ def test_bad_input():
     routing.best_experts(jnp.ones((3, 2)), 1)
   with pytest.raises(ValueError, match="x must be"):
     routing.reap(X[1:], route(LOGITS), BANK, PARAMS)
+  soft = routing.SoftMoE(2, 2, 2, 1, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"^moe must be a MoE .* got a SoftMoE"):
+    routing.prune_experts(soft, np.array([0]))
   moe = make()
   for kept in ([0, 5], [1, 1], [-1], [], [0.5], [[0]]):
     with pytest.raises(ValueError, match="different experts in 0 to 4"):
