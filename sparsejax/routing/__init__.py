@@ -21,6 +21,7 @@ from sparsejax.routing.composed import BatchStatistics
 from sparsejax.routing.composed import Monet
 from sparsejax.routing.composed import monet_gates
 from sparsejax.routing.composed import monet_horizontal
+from sparsejax.routing.composed import monet_losses
 from sparsejax.routing.composed import monet_statistics
 from sparsejax.routing.composed import monet_vertical
 from sparsejax.routing.dispatchers import capacity

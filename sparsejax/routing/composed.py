@@ -14,6 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparsejax.routing.experts import relu2
+from sparsejax.routing.modules import AuxiliaryLoss
 from sparsejax.routing.soft import masked_softmax
 
 Array = jax.Array
@@ -111,6 +112,54 @@ def monet_statistics(
   return mean, of((scores - mean[:, None]) ** 2)
 
 
+def monet_losses(
+  gates1: Array, gates2: Array, *, token_valid: Array | None = None
+) -> tuple[Array, Array]:
+  """Losses of the gates: for even, and for sure choices of the halves.
+
+  Uniformity is minus the mean logarithm of the keys' mean gates, log(N) at
+  best; ambiguity what the largest gate of a head is short of 1. Both are means
+  over heads, and over both halves. Means are over the tokens that count.
+
+  Args:
+    gates1: floating [..., heads, N], as `monet_gates` gives them.
+    gates2: as gates1, of the other half.
+    token_valid: None, or bool [...]: padding does not count. Neither does a
+      token whose gates are all 0.
+
+  Returns:
+    Uniformity and ambiguity, f32 scalars.
+
+  Raises:
+    ValueError: for arguments that do not fit each other.
+
+  Example:
+    >>> gates = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    >>> [x.round(3).item() for x in routing.monet_losses(gates, gates)]
+    [0.693, 0.0]
+
+  Source: monet, Monet: Mixture of Monosemantic Experts for Transformers,
+  equations 16 and 17. A key that no token chose counts as one of a mean gate of
+  1e-6, where the paper's logarithm has no value; no gradient reaches it.
+  """
+  if gates2.shape != gates1.shape:
+    raise ValueError(
+      f"gates2 must be {list(gates1.shape)} as gates1, got {list(gates2.shape)}"
+    )
+  uniformity, ambiguity = [], []
+  for name, gates in (("gates1", gates1), ("gates2", gates2)):
+    gates, may = _checked(gates, token_valid, name)
+    counted = may.all((-1, -2)) & (gates != 0).any((-1, -2))
+    number = jnp.maximum(counted.sum(), 1)
+    axes = tuple(range(gates.ndim - 2))
+    gates = jnp.where(counted[..., None, None], gates, 0)
+    mean = jnp.maximum(gates.sum(axes) / number, 1e-6)
+    uniformity.append(-jnp.log(mean).mean())
+    short = jnp.where(counted[..., None], 1 - gates.max(-1), 0)
+    ambiguity.append(short.sum(axes).mean() / number)
+  return sum(uniformity) / 2, sum(ambiguity) / 2
+
+
 def monet_horizontal(
   x: Array,
   gates1: Array,
@@ -152,7 +201,7 @@ def monet_horizontal(
     [40.0]
 
   Source: monet, Monet: Mixture of Monosemantic Experts for Transformers,
-  section 3 (horizontal expert decomposition).
+  equations 6 to 12 (horizontal expert decomposition).
   """
   x, g1, g2, params = _gated(x, gates1, gates2, params, HORIZONTAL)
   hidden = _layer(x, params["up"], params["up_bias"], activation)
@@ -195,7 +244,7 @@ def monet_vertical(
     ValueError: for arguments that do not fit each other.
 
   Source: monet, Monet: Mixture of Monosemantic Experts for Transformers,
-  section 3 (vertical expert decomposition).
+  equations 13 to 15 (vertical expert decomposition).
   """
   x, g1, g2, params = _gated(x, gates1, gates2, params, VERTICAL)
   a = _layer(x, params["up1"], params["up_bias1"], activation)
@@ -231,8 +280,7 @@ class Monet(nnx.Module):
 
   Two linear routers score N halves in each head; see `monet_gates`. After
   `model.eval()` statistics are the running ones. The paper shares a router
-  among several layers and has losses for even and for sure choices; neither is
-  here.
+  among several layers: `gates` are of one, and may be given to others.
 
   Args:
     width: of tokens.
@@ -243,6 +291,8 @@ class Monet(nnx.Module):
     kind: "horizontal" or "vertical".
     activation: elementwise.
     momentum: of the running statistics: what is kept at each call.
+    loss_weight: None, or what `monet_losses` are multiplied by, for
+      `auxiliary_loss` to sum up. The paper's is 1e-3.
     param_dtype: of the experts' parameters; the routers' are f32.
     rngs: for the initial parameters.
 
@@ -252,7 +302,8 @@ class Monet(nnx.Module):
     >>> model(jnp.ones((3, 5, 4))).shape
     (3, 5, 4)
 
-  Source: monet, Monet: Mixture of Monosemantic Experts for Transformers.
+  Source: monet, Monet: Mixture of Monosemantic Experts for Transformers;
+  losses: equation 18.
   """
 
   def __init__(
@@ -266,6 +317,7 @@ class Monet(nnx.Module):
     kind: str = "horizontal",
     activation: Callable[[Array], Array] = relu2,
     momentum: float = 0.9,
+    loss_weight: float | None = None,
     param_dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -305,6 +357,9 @@ class Monet(nnx.Module):
     self.kind = kind
     self.activation = activation
     self.momentum = momentum
+    self.loss_weight = loss_weight
+    if loss_weight is not None:
+      self.loss = AuxiliaryLoss(jnp.zeros(()))
     self.use_running_average = False
 
   def __call__(
@@ -313,9 +368,19 @@ class Monet(nnx.Module):
     *,
     token_valid: Array | None = None,
     removed: Array | None = None,
+    gates: tuple[Array, Array] | None = None,
   ) -> Array:
-    """Floating [..., width], like x; `removed` as of `monet_horizontal`."""
-    gates1, gates2 = self.gates(x, token_valid=token_valid)
+    """Floating [..., width], like x.
+
+    `removed` as of `monet_horizontal`; `gates` those of another layer, which
+    take the place of its own and are in that one's losses.
+    """
+    if gates is None:
+      gates = self.gates(x, token_valid=token_valid)
+      if self.loss_weight is not None:
+        losses = monet_losses(*gates, token_valid=token_valid)
+        self.loss[...] = self.loss_weight * sum(losses)
+    gates1, gates2 = gates
     params = {name: p[...].astype(x.dtype) for name, p in self.experts.items()}
     of = monet_horizontal if self.kind == "horizontal" else monet_vertical
     return of(
@@ -358,11 +423,11 @@ class Monet(nnx.Module):
     return tuple(found)
 
 
-def _checked(scores, token_valid):
+def _checked(scores, token_valid, name="scores"):
   """f32 scores without NaN or +inf, and which of them may stay."""
   if scores.ndim < 2 or not jnp.issubdtype(scores.dtype, jnp.floating):
     raise ValueError(
-      f"scores must be floating [..., heads, keys], got {scores.dtype}"
+      f"{name} must be floating [..., heads, keys], got {scores.dtype}"
       f"{list(scores.shape)}"
     )
   scores = scores.astype(jnp.float32)

@@ -146,6 +146,68 @@ def test_gates_of_batches_with_padding():
   jax.tree.map(np.testing.assert_array_equal, again, (got, gradient))
 
 
+def losses_of(gates, valid):
+  """Token by token, head by head."""
+  uniformity, ambiguity = [], []
+  for of in gates:
+    of = common.float64(of)[valid]
+    mean = sum(of) / len(of)
+    uniformity += [-np.log(p) for p in mean.ravel()]
+    ambiguity += [1 - max(head) for token in of for head in token]
+  return np.mean(uniformity), np.mean(ambiguity)
+
+
+def test_losses():
+  both = [np.random.default_rng(s).random((5, HEADS, KEYS)) for s in (65, 66)]
+  both = [x.astype(np.float32) for x in both]
+
+  @pieces.jit
+  def run(gates1, gates2):
+    of = lambda *gates: routing.monet_losses(*gates, token_valid=VALID)
+    return of(gates1, gates2), jax.jacrev(of)(gates1, gates2)
+
+  got, gradients = run(*both)
+  pieces.close(got, losses_of(both, VALID), 1e-5, 1e-6)
+  for i, gradient in enumerate(gradients):
+    of = lambda x, i=i: losses_of((x, both[1]), VALID)[i]
+    numeric = oracle.numerical_gradient(of, both[0])
+    pieces.close(gradient, numeric, 1e-4, 1e-6)
+  # Padding, and a token whose gates are all 0, count for nothing.
+  for gates in both:
+    gates[~VALID] = np.nan
+    gates[3] = 0
+  got, gradients = run(*both)
+  pieces.close(got, losses_of(both, VALID & (np.arange(5) != 3)), 1e-5, 1e-6)
+  assert all(np.isfinite(g).all() for g in gradients)
+  # The best and the worst of both; keys without a token are no infinity.
+  even, sure = np.full((6, 1, 3), 1 / 3, "f"), np.eye(3, dtype="f")[:, None]
+  pieces.close(routing.monet_losses(even, even), [np.log(3), 2 / 3])
+  pieces.close(routing.monet_losses(sure, sure), [np.log(3), 0])
+  one = np.broadcast_to(sure[:1], (6, 1, 3))
+  pieces.close(routing.monet_losses(one, one), [2 / 3 * np.log(1e6), 0])
+
+
+def test_losses_of_a_module_and_a_shared_router():
+  make = lambda weight: routing.Monet(
+    *(WIDTH, HIDDEN, KEYS),
+    heads=HEADS,
+    k=2,
+    loss_weight=weight,
+    rngs=nnx.Rngs(0),
+  )
+  first = pieces.made(lambda: make(0.5))
+  second = pieces.made(lambda: make(None))
+  x = jnp.asarray(pieces.draw(67, 5, WIDTH))
+  gates = first.gates(x, token_valid=VALID)
+  first(x, token_valid=VALID)
+  want = 0.5 * sum(routing.monet_losses(*gates, token_valid=VALID))
+  pieces.close(routing.auxiliary_loss(first), want, 1e-5)
+  params = {name: p[...] for name, p in second.experts.items()}
+  y = second(x, gates=gates)
+  pieces.close(y, routing.monet_horizontal(x, *gates, params), 1e-5, 1e-6)
+  assert not routing.auxiliary_loss(second)
+
+
 def test_share_that_stays():
   scores = jnp.asarray(pieces.draw(60, 2000, 1, 64))
   for k in (4, 16):
@@ -236,6 +298,10 @@ def test_bad_input():
     routing.monet_gates(jnp.ones(4), 2)
   with pytest.raises(ValueError, match=r"token_valid must be bool\[3\]"):
     routing.monet_gates(scores, 2, token_valid=jnp.ones(3))
+  with pytest.raises(ValueError, match=r"gates2 must be \[3, 2, 4\] as gates1"):
+    routing.monet_losses(scores, scores[:2])
+  with pytest.raises(ValueError, match=r"gates1 must be floating"):
+    routing.monet_losses(jnp.ones(4), jnp.ones(4))
   x, g = jnp.ones((3, WIDTH)), jnp.ones((3, 2, KEYS))
   params = parameters("horizontal")
   call = lambda *args, **given: routing.monet_horizontal(*args, **given)
