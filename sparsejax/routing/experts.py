@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import ClassVar
 
 from flax import nnx
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from sparsejax import sharding
 
 Array = jax.Array
 
@@ -19,8 +21,7 @@ def relu2(x: Array) -> Array:
   >>> routing.relu2(jnp.array([-2.0, 3.0])).tolist()
   [0.0, 9.0]
 
-  Source: Primer: Searching for Efficient Transformers for Language Modeling,
-  section 4.
+  Source: Primer: Searching for Efficient Transformers for Language Modeling.
   """
   return jnp.square(jax.nn.relu(x))
 
@@ -31,7 +32,8 @@ class FeedForward:
 
   Parameters are a dict: "up" [experts, d, hidden], "down" [experts, hidden, d],
   and, for gated experts, "gate" like "up": down(activation(gate(x)) * up(x)),
-  which is SwiGLU with `jax.nn.silu` and ReGLU with `jax.nn.relu`.
+  which is SwiGLU with `jax.nn.silu` and ReGLU with `jax.nn.relu`. Each may have
+  a bias: "up_bias", "gate_bias" [experts, hidden], "down_bias" [experts, d].
 
   Attributes:
     activation: elementwise; one object for all calls.
@@ -55,9 +57,10 @@ class FeedForward:
     width: int,
     hidden: int,
     gated: bool = True,
+    biased: bool = False,
     dtype=jnp.float32,
   ) -> dict[str, Array]:
-    """Parameters of variance 1 / inputs."""
+    """Parameters of variance 1 / inputs; biases are 0."""
     normal = jax.nn.initializers.lecun_normal(
       in_axis=1, out_axis=2, batch_axis=0
     )
@@ -65,10 +68,16 @@ class FeedForward:
     if gated:
       shapes["gate"] = (width, hidden)
     keys = jax.random.split(key, len(shapes))
-    return {
+    params = {
       name: normal(k, (experts, *shape), dtype)
       for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
+    if biased:
+      params |= {
+        f"{name}_bias": jnp.zeros((experts, n), dtype)
+        for name, (_, n) in shapes.items()
+      }
+    return params
 
   def __call__(
     self,
@@ -81,22 +90,57 @@ class FeedForward:
     num_rows: int | None = None,
     row_scale: Array | None = None,
   ) -> Array:
-    """Rows [m, d] to [m, d]; or as `grouped_matmul` gathers and scatters."""
-    hidden = pallas_kernels.grouped_matmul(
-      rows,
-      params["up"],
-      group_sizes,
-      rhs_gate=params.get("gate"),
-      activation=self.activation,
-      gather=gather,
+    """Rows [m, d] to [m, d]; or as `grouped_matmul` gathers and scatters.
+
+    Raises:
+      ValueError: params have other names.
+    """
+    check_names(params)
+    product = functools.partial(
+      pallas_kernels.grouped_matmul, group_sizes=group_sizes
     )
-    return pallas_kernels.grouped_matmul(
-      hidden,
-      params["down"],
-      group_sizes,
-      scatter=scatter,
-      num_rows=num_rows,
-      row_scale=row_scale,
+
+    def with_bias(y, name, edges, **options):
+      """Beside y, the row 1 of each edge times its expert's bias."""
+      if f"{name}_bias" not in params:
+        return y
+      one = jnp.ones((len(edges), 1), edges.dtype)
+      if sharding.is_explicit(edges):
+        by_edge = jax.typeof(edges).sharding.spec[0]
+        one = jax.sharding.reshard(one, jax.P(by_edge))
+      return y + product(one, params[f"{name}_bias"][:, None], **options)
+
+    if {"up_bias", "gate_bias"}.isdisjoint(params):
+      hidden = product(
+        rows,
+        params["up"],
+        rhs_gate=params.get("gate"),
+        activation=self.activation,
+        gather=gather,
+      )
+    else:
+      layer = lambda name: with_bias(
+        y := product(rows, params[name], gather=gather), name, y
+      )
+      if "gate" in params:
+        hidden = self.activation(layer("gate")) * layer("up")
+      else:
+        hidden = self.activation(layer("up"))
+    place = dict(scatter=scatter, num_rows=num_rows, row_scale=row_scale)
+    y = product(hidden, params["down"], **place)
+    return with_bias(y, "down", hidden, **place)
+
+
+NAMES = {"up", "down", "gate", "up_bias", "down_bias", "gate_bias"}
+
+
+def check_names(params):
+  """Raises a ValueError where params are not those of `FeedForward`."""
+  names, bare = set(params), {name.removesuffix("_bias") for name in params}
+  if not {"up", "down"} <= names <= NAMES or not bare <= names:
+    raise ValueError(
+      'params must have "up", "down" and perhaps "gate", and perhaps a bias of '
+      f'each, such as "up_bias", got {sorted(names)}'
     )
 
 

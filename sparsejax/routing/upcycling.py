@@ -1,8 +1,9 @@
 """Experts made of what is trained: of a dense network, or of other experts.
 
 All are functions of parameters as `FeedForward` has them: a dense network's are
-{"up": [d, hidden], "down": [hidden, d]} and perhaps "gate", a bank's have a
-leading dimension of experts. To put a bank into a module:
+{"up": [d, hidden], "down": [hidden, d]}, perhaps "gate", and perhaps biases,
+"up_bias", "gate_bias" [hidden] and "down_bias" [d]; a bank's have a leading
+dimension of experts. To put a bank into a module:
 
   moe.experts = nnx.data(jax.tree.map(nnx.Param, params))
 """
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import select
+from sparsejax.routing.experts import check_names
 
 Array = jax.Array
 
@@ -96,7 +98,8 @@ def neuron_split(
 ) -> dict[str, Array]:
   """A bank whose experts share out the hidden neurons of a dense network.
 
-  With all experts chosen, at weights of 1, their sum equals the network.
+  With all experts chosen, at weights of 1, their sum equals the network. Of a
+  bias of the output each expert has an equal share.
 
   Args:
     params: of the dense network, see above.
@@ -127,14 +130,13 @@ def neuron_split(
   Selection (small experts of a network that is split).
   """
   _positive(experts)
-  names = {"up", "down"}
-  if not names <= set(params) <= names | {"gate"}:
-    raise ValueError(
-      f'params must have "up", "down" and perhaps "gate", got {sorted(params)}'
-    )
+  check_names(params)
   width, hidden = params["up"].shape
+  out = params["down"].shape[-1]
+  shapes = {"down": (hidden, out), "down_bias": (out,)}
+  shapes |= dict.fromkeys(("up_bias", "gate_bias"), (hidden,))
   for name, x in params.items():
-    wanted = (hidden, x.shape[-1]) if name == "down" else (width, hidden)
+    wanted = shapes.get(name, (width, hidden))
     if x.shape != wanted:
       raise ValueError(
         f"params must have {name} {list(wanted)}, got {list(x.shape)}"
@@ -149,9 +151,15 @@ def neuron_split(
       f"order must be integer[{hidden}], got {order.dtype}{list(order.shape)}"
     )
   order = order.reshape(experts, -1)
-  # [d, experts, part] to [experts, d, part]
-  of = lambda x: x[:, order].swapaxes(0, 1)
-  return {k: x[order] if k == "down" else of(x) for k, x in params.items()}
+
+  def part(name, x):
+    if name == "down_bias":
+      return jnp.broadcast_to(x / experts, (experts, out)).astype(x.dtype)
+    if name in ("up", "gate"):  # [d, experts, part] to [experts, d, part]
+      return x[:, order].swapaxes(0, 1)
+    return x[order]
+
+  return {name: part(name, x) for name, x in params.items()}
 
 
 def aggregate(

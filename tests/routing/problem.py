@@ -313,12 +313,29 @@ def _ffn(activation):
   return lambda params, expert, row: oracle.ffn(params, expert, row, activation)
 
 
+def biased_ffn(params, expert, row, activation="relu"):
+  """`oracle.ffn` with a bias of whichever of its products has one."""
+
+  def layer(name, x):
+    bias = params.get(f"{name}_bias")
+    return x @ params[name][expert] + (0 if bias is None else bias[expert])
+
+  hidden = layer("up", row)
+  if "gate" in params:
+    hidden = oracle.activate(layer("gate", row), activation) * hidden
+  else:
+    hidden = oracle.activate(hidden, activation)
+  return layer("down", hidden)
+
+
 # gated or not, the library's, the oracle's
 BANKS = {
   "SwiGLU": (True, routing.FeedForward(jax.nn.silu), _ffn("silu")),
   "GELU": (False, routing.FeedForward(jax.nn.gelu), _ffn("gelu")),
   "plain": (True, plain_bank, _ffn("silu")),
+  "biased": (True, routing.FeedForward(jax.nn.relu), biased_ffn),
 }
+UNBIASED = [name for name in BANKS if name != "biased"]
 
 
 @functools.cache
@@ -326,6 +343,8 @@ def parameters(bank, experts=EXPERTS, width=WIDTH, hidden=HIDDEN):
   shapes = {"up": (width, hidden), "down": (hidden, width)}
   if BANKS[bank][0]:
     shapes["gate"] = (width, hidden)
+  if bank == "biased":
+    shapes |= {f"{name}_bias": n[1:] for name, n in shapes.items()}
   return {
     name: normal(7 + i, experts, *shape)
     for i, (name, shape) in enumerate(sorted(shapes.items()))
@@ -393,6 +412,7 @@ def layer_of(x, routed, bank, params, cotangent, kept=None):
   )
 
 
-def same_layer(got, want):
+def same_layer(got, want, name=""):
   """Holds what `layer` returns against `layer_of`."""
-  jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-5), got, want)
+  same = functools.partial(close, rtol=1e-4, atol=1e-5, err_msg=name)
+  jax.tree.map(same, got, want)

@@ -43,7 +43,7 @@ def layer(dispatch, edges, experts):
   del experts
   options = {"size": SIZE} if dispatch == "capacity" else {}
   run = functools.partial(getattr(routing, dispatch), **options)
-  banks = [BANK_OF[edges]] if edges in BANK_OF else list(problem.BANKS)
+  banks = [BANK_OF[edges]] if edges in BANK_OF else problem.UNBIASED
   layers = {bank: problem.layer(run, bank) for bank in banks}
 
   def f(x, found, params, cotangent):

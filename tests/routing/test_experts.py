@@ -12,6 +12,7 @@ from sparsejax import routing
 from tests import common
 from tests.oracles import routing as oracle
 from tests.routing import pieces
+from tests.routing import problem
 
 ACTIVATIONS = {
   "relu": jax.nn.relu,
@@ -41,6 +42,53 @@ def test_rows_in_groups(name, gated):
   y, gradients = pieces.compare(f, want, arrays)
   assert not y[5:].any() and not gradients["x"][5:].any()
   assert not gradients["up"][1].any()  # of the expert without rows
+
+
+@pytest.mark.parametrize(
+  "names", ["up gate down", "down", "up", "gate"], ids=lambda x: x
+)
+def test_biases(names):
+  """Each in its place; scattered and scaled as the products are."""
+  params = pieces.bank(1, 3, 3, 4, 2, "gate" in names)
+  for i, name in enumerate(names.split()):
+    params[f"{name}_bias"] = pieces.draw(5 + i, 3, params[name].shape[-1])
+  arrays = {"x": pieces.draw(0, 4, 3), "scale": pieces.draw(9, 7), **params}
+  gather, scatter = np.array([3, 0, 0, 1, 2, 2, 1]), np.array([0, 1] * 3 + [3])
+  bank = routing.FeedForward(jax.nn.relu)
+
+  def f(arrays):
+    params = {k: v for k, v in arrays.items() if k not in ("x", "scale")}
+    return bank(
+      params,
+      arrays["x"],
+      SIZES,
+      gather=gather,
+      scatter=scatter,
+      num_rows=5,
+      row_scale=arrays["scale"],
+    )
+
+  def want(arrays):
+    y = np.zeros((5, 2))
+    rows = oracle.bank_rows(
+      problem.biased_ffn, arrays, arrays["x"][gather[:5]], SIZES
+    )
+    np.add.at(y, scatter[:5], rows * arrays["scale"][:5, None])
+    return y
+
+  pieces.compare(f, want, arrays)
+
+
+def test_names_of_parameters():
+  params, x = pieces.bank(1, 3, 3, 4), pieces.draw(0, 7, 3)
+  bank = routing.FeedForward()
+  for more in ("bias", "gate_bias", "kernel"):
+    wrong = {**params, more: params["up"]}
+    wrong.pop("gate")
+    with pytest.raises(ValueError, match=r'^params must have "up", "down"'):
+      bank(wrong, x, SIZES)
+  with pytest.raises(ValueError, match=r"^params must .* got \['gate', 'up'\]"):
+    bank({k: params[k] for k in ("up", "gate")}, x, SIZES)
 
 
 def test_rows_are_gathered_and_scattered():
@@ -80,6 +128,14 @@ def test_initial_parameters():
   ) == {
     "up",
     "down",
+  }
+  biased = jax.eval_shape(
+    functools.partial(init, biased=True), jax.random.key(0)
+  )
+  assert {k: v.shape for k, v in biased.items() if k not in params} == {
+    "up_bias": (3, 32),
+    "gate_bias": (3, 32),
+    "down_bias": (3, 64),
   }
   params = pieces.jit(init)(jax.random.key(1))
   np.testing.assert_allclose(params["up"].std(), 64**-0.5, rtol=0.05)

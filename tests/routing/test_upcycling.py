@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sparsejax import routing
-from tests.oracles import routing as oracle
 from tests.routing import pieces
+from tests.routing import problem
 
 BANK = routing.FeedForward()
 WIDTH, HIDDEN, EXPERTS, TOKENS = 4, 6, 3, 5
@@ -25,9 +25,9 @@ def mixture(x, logits, params, allowed=None, **options):
   return y, found.weight.reshape(len(x), -1).sum(-1, keepdims=True)
 
 
-def dense(x):
-  bank = {k: v[None] for k, v in DENSE.items()}
-  return np.array([oracle.ffn(bank, 0, row) for row in x])
+def dense(x, network=None):
+  bank = {k: v[None] for k, v in (network or DENSE).items()}
+  return np.array([problem.biased_ffn(bank, 0, row, "silu") for row in x])
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -44,14 +44,23 @@ def test_copies_equal_the_dense_network(renormalize, k):
     pieces.close(share, np.ones((TOKENS, 1)))
 
 
-def test_copies_in_a_module():
+BIASED = {
+  **DENSE,
+  "up_bias": pieces.draw(11, HIDDEN),
+  "gate_bias": pieces.draw(12, HIDDEN),
+  "down_bias": pieces.draw(13, WIDTH),
+}
+
+
+@pytest.mark.parametrize("network", [DENSE, BIASED], ids=["plain", "biased"])
+def test_copies_in_a_module(network):
   moe = pieces.made(
     lambda: routing.MoE(WIDTH, HIDDEN, EXPERTS, rngs=nnx.Rngs(0))
   )
-  params = routing.upcycle(DENSE, EXPERTS)
+  params = routing.upcycle(network, EXPERTS)
   moe.experts = nnx.data(jax.tree.map(nnx.Param, params))
   y = pieces.module_jit(lambda moe, x: moe(x))(moe, jnp.asarray(X))
-  pieces.close(y, dense(X))
+  pieces.close(y, dense(X, network))
 
 
 masked = pieces.jit(
@@ -81,18 +90,17 @@ def test_masked_copies_of_all_and_of_nothing():
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-def test_split_neurons_together_are_the_dense_network(gated, shuffled):
-  params = {k: v for k, v in DENSE.items() if gated or k != "gate"}
+@pytest.mark.parametrize("kind", ["plain", "gated", "biased"])
+def test_split_neurons_together_are_the_dense_network(kind, shuffled):
+  params = BIASED if kind == "biased" else DENSE
+  params = {k: v for k, v in params.items() if kind != "plain" or k != "gate"}
   order = np.random.default_rng(0).permutation(HIDDEN) if shuffled else None
   experts = routing.neuron_split(params, EXPERTS, order=order)
   assert experts["up"].shape == (EXPERTS, WIDTH, HIDDEN // EXPERTS)
   assert experts["down"].shape == (EXPERTS, HIDDEN // EXPERTS, WIDTH)
   equal, scale = np.zeros((TOKENS, EXPERTS), np.float32), float(EXPERTS)
   y, _ = mixture(X, equal, experts, k=EXPERTS, renormalize=True, scale=scale)
-  bank = {k: v[None] for k, v in params.items()}
-  want = np.array([oracle.ffn(bank, 0, row) for row in X])
-  pieces.close(y, want)
+  pieces.close(y, dense(X, params))
   # Each neuron is in one expert.
   columns = np.asarray(experts["up"]).swapaxes(1, 2).reshape(HIDDEN, WIDTH)
   order = np.arange(HIDDEN) if order is None else order
