@@ -83,7 +83,7 @@ def z_loss(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
   0.0
 
   Source: gshard-topk, ST-MoE: Designing Stable and Transferable Sparse Expert
-  Models, equation 5.
+  Models, router z-loss.
   """
   squares = jax.nn.logsumexp(found.logits, -1) ** 2
   return _mean_over_tokens(found, squares, axis_names)
@@ -137,7 +137,7 @@ def load(
   >>> routing.load(logits, noise, 1.0, 1).round(3).item()
   1.0
 
-  Source: gshard-topk, Outrageously Large Neural Networks, equations 8 to 10;
+  Source: gshard-topk, Outrageously Large Neural Networks, equations 8 to 11;
   "kth": v-moe, Scaling Vision with Sparse Mixture of Experts, load loss.
   """
   experts = logits.shape[1]
@@ -199,7 +199,7 @@ def mutual_information(
   >>> routing.mutual_information(routing.top_k(logits, 1)).item()
   -0.6931471824645996
 
-  Source: moduleformer, ModuleFormer, equation 6.
+  Source: moduleformer, ModuleFormer, mutual information loss.
   """
   mean = _mean_over_tokens(found, found.probabilities, axis_names)
   return entropy(found, axis_names=axis_names) - _entropy(mean)
@@ -213,7 +213,7 @@ def concentration(found: Assignment, *, axis_names: AxisNames = ()) -> Array:
   >>> routing.concentration(routing.top_k(jnp.zeros((4, 2)), 1)).item()
   0.6931471824645996
 
-  Source: moduleformer, ModuleFormer, section 3.4.
+  Source: moduleformer, ModuleFormer, load concentration.
   """
   return _entropy(_mean_over_tokens(found, found.probabilities, axis_names))
 
@@ -245,7 +245,7 @@ def locality(
   50.0
 
   Source: blockffn, BlockFFN: Towards End-Side Acceleration-Friendly
-  Mixture-of-Experts with Chunk-Level Activation Sparsity, section 3.2.
+  Mixture-of-Experts with Chunk-Level Activation Sparsity, equation 4.
   """
   if segments is None:
     segments = jnp.zeros_like(found.token_valid, jnp.int32)
@@ -286,8 +286,7 @@ def chunk_sparsity(found: Assignment, size: int) -> Array:
   0.625
 
   Source: blockffn, BlockFFN: Towards End-Side Acceleration-Friendly
-  Mixture-of-Experts with Chunk-Level Activation Sparsity, section 3.2. There is
-  no epsilon.
+  Mixture-of-Experts with Chunk-Level Activation Sparsity, equation 5.
   """
   tokens, experts = found.probabilities.shape
   if size < 1 or tokens % size:
@@ -375,8 +374,8 @@ def balance_bias(
     [-0.5, 0.5, -0.0]
 
   Source: alf-lb, A Theoretical Framework for Auxiliary-Loss-Free Load
-  Balancing, equation 3; with the sign: Auxiliary-Loss-Free Load Balancing
-  Strategy for Mixture-of-Experts, algorithm 1.
+  Balancing; with the sign: Auxiliary-Loss-Free Load Balancing Strategy for
+  Mixture-of-Experts.
   """
   of = lambda error: error * len(error) if proportional else jnp.sign(error)
   direction = optax.stateless(lambda updates, params: jax.tree.map(of, updates))

@@ -52,7 +52,7 @@ def dropless(x: Array, found: Assignment, bank: Bank, params: Any) -> Array:
     [[20.0], [10.0], [20.0]]
 
   Source: megablocks-dmoe, MegaBlocks, section 5; scattermoe, Scattered
-  Mixture-of-Experts Implementation, section 3.
+  Mixture-of-Experts Implementation.
   """
   of_tokens(x, found)
   expert = jnp.where(found.valid, found.expert, found.num_experts)
@@ -82,7 +82,7 @@ def capacity(
     ValueError: x is not of the assignment's tokens, or size is not positive.
 
   Source: gshard-topk, GShard, section 2.2; tutel, Tutel: Adaptive
-  Mixture-of-Experts at Scale, section 4.2.
+  Mixture-of-Experts at Scale.
   """
   of_tokens(x, found)
   if size < 1:
@@ -136,8 +136,8 @@ def limit(
     ([False, True], 0.5)
 
   Source: switch, Switch Transformers, section 2.2; v-moe, Scaling Vision with
-  Sparse Mixture of Experts, section 4; zcode-m3-moe, Scalable and Efficient MoE
-  Training for Multitask Multilingual Models, section 3.2 (random).
+  Sparse Mixture of Experts; zcode-m3-moe, Scalable and Efficient MoE Training
+  for Multitask Multilingual Models (random).
   """
   if size < 1:
     raise ValueError(f"size must be 1 or more, got {size}")

@@ -59,7 +59,7 @@ def expert_parallel(
     ValueError: devices do not divide the experts, x is not of the assignment's
       tokens, or size is not positive.
 
-  Source: tutel, Tutel: Adaptive Mixture-of-Experts at Scale, section 2.1.
+  Source: tutel, Tutel: Adaptive Mixture-of-Experts at Scale.
   """
   local = _local_experts(x, found, axis_name)
   devices, edges = found.num_experts // local, found.expert.shape[0]
