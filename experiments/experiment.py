@@ -91,6 +91,7 @@ def make(config: ml_collections.ConfigDict) -> Experiment:
   def optimizer(seed):
     key = jax.random.fold_in(jax.random.key(seed), 1)
     given = {"steps": config.steps, "key": key}
+    given["balance_rate"] = getattr(shapes, "balance_rate", None)
     return optimizers.make(config.optimizer, config.method, **given)
 
   @jax.jit  # one program, not hundreds
@@ -100,8 +101,11 @@ def make(config: ml_collections.ConfigDict) -> Experiment:
     return seen(params, opt_state), opt_state
 
   # Each seed's optimizer differs in its initial state alone.
-  shapes, tx = nnx.eval_shape(lambda: model(0)), optimizer(config.seed)
-  graph, _ = nnx.split(shapes)
+  shapes = nnx.eval_shape(lambda: model(0))
+  tx = optimizer(config.seed)
+  # Beside the parameters a mixture has the step of training, and what a call
+  # says of itself, which no call reads.
+  graph, _, steps, rest = nnx.split(shapes, nnx.Param, models.Step, ...)
   if config.method.name == "dense":
     seen = lambda params, opt_state: params
     masks = lambda params, _: jax.tree.map(lambda p: jnp.ones(p.shape), params)
@@ -111,14 +115,22 @@ def make(config: ml_collections.ConfigDict) -> Experiment:
     masks = lambda params, opt_state: weights.masks(opt_state, params)
     summary = lambda params, opt_state: weights.summary(opt_state, params)
 
-  def measured(params, batch):
-    return task.metrics(nnx.merge(graph, params), batch)
+  def measured(params, opt_state, batch):
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    model = nnx.merge(
+      graph,
+      params,
+      jax.tree.map(lambda _: optimizers.step(opt_state), steps),
+      jax.tree.map(zeros, rest),
+    )
+    values = task.metrics(model, batch)
+    return values | models.reported(model)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, opt_state, batch):
     def loss(params):
-      values = measured(params, batch)
-      return values["loss"], values
+      values = measured(params, opt_state, batch)
+      return values["loss"] + values.get("auxiliary_loss", 0), values
 
     grad = jax.grad(loss, has_aux=True)
     grads, values = grad(seen(params, opt_state))
@@ -127,7 +139,7 @@ def make(config: ml_collections.ConfigDict) -> Experiment:
 
   @jax.jit
   def evaluate_batch(params, opt_state, batch):
-    return measured(seen(params, opt_state), batch)
+    return measured(seen(params, opt_state), opt_state, batch)
 
   def evaluate(params, opt_state):
     values = [evaluate_batch(params, opt_state, b) for b in task.validation]

@@ -1,10 +1,11 @@
 """Operations of a masked model, counted: a zero weight costs nothing.
 
 A multiplication and an addition are two operations. Biases, norms and
-softmaxes are left out.
+softmaxes are left out, and so are experts that a token does not go to.
 """
 
 from collections.abc import Mapping, Sequence
+import re
 
 import jax
 import ml_collections
@@ -14,23 +15,53 @@ from experiments import experiment
 from sparsejax import costs
 
 
-def weights(parts: experiment.Experiment, state) -> tuple[int, int]:
-  """How many weights inputs are multiplied with, and how many are kept."""
+def weights(
+  parts: experiment.Experiment,
+  state,
+  edges: Mapping[str, float] | None = None,
+) -> tuple[float, float]:
+  """How many weights inputs are multiplied with, and how many are kept.
+
+  Args:
+    parts: of the experiment.
+    state: its (params, opt_state).
+    edges: None to count all experts, or what `active` returns, to count what
+      a token meets.
+  """
   masks = jax.device_get(parts.masks(*state))
   leaves, _ = jax.tree_util.tree_flatten_with_path(masks)
-  matrices = [
-    mask
-    for path, mask in leaves
-    # Rows of an embedding are looked up.
-    if mask.ndim > 1 and "embed" not in jax.tree_util.keystr(path)
-  ]
-  size = sum(mask.size for mask in matrices)
-  return size, sum(int(mask.sum()) for mask in matrices)
+  size = kept = 0
+  for path, mask in leaves:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if mask.ndim < 2 or "embed" in name:  # whose rows are looked up
+      continue
+    share = 1
+    layer = re.match(r"blocks/(\d+)/mixture/experts/", name)
+    if layer and edges is not None:
+      share = edges[f"layer_{layer[1]}_active"] / len(mask)
+    size += share * mask.size
+    kept += share * int(mask.sum())
+  return size, kept
 
 
-def forward(parts: experiment.Experiment, state) -> float:
-  """Operations of one example's forward pass."""
-  _, kept = weights(parts, state)
+def active(
+  records: Sequence[Mapping[str, float]], prefix: str
+) -> dict[str, float]:
+  """The mean "layer_0_active", edges a token that were run, of each layer."""
+  layers = re.compile(f"{prefix}(layer_\\d+_active)")
+  values = {}
+  for record in records:
+    for name, value in record.items():
+      if layer := layers.fullmatch(name):
+        values.setdefault(layer[1], []).append(value)
+  return {name: float(np.mean(found)) for name, found in values.items()}
+
+
+def forward(
+  parts: experiment.Experiment, state, edges: Mapping[str, float] | None = None
+) -> float:
+  """Operations of one example's forward pass; `edges` are as in `weights`."""
+  _, kept = weights(parts, state, edges)
   tokens = parts.task.tokens
   return 2.0 * kept * tokens + parts.other_flops
 
@@ -47,7 +78,9 @@ def training(
     config: of the run.
     parts: what was made of it.
     state: its (params, opt_state).
-    records: its metrics, with "step", and the "density" at some of them.
+    records: its metrics, with "step", and the "density" at some of them; with
+      mixtures of experts "train_layer_0_active", too. Where those have masks,
+      their density is taken as that of all weights.
   """
   known = [record for record in records if "density" in record]
   steps = [record["step"] for record in known]
@@ -55,7 +88,8 @@ def training(
   # What a record tells held since the one before it: exactly so where masks
   # change no more often than there are records.
   mean = np.average(density[1:], weights=np.diff(steps))
-  size, _ = weights(parts, state)
+  # What of the experts was run, which are all of the weights elsewhere.
+  size, _ = weights(parts, state, active(records, "train_"))
   step = _step(config, mean) * 2 * size * parts.task.tokens
   step += 3 * parts.other_flops
   return float(step * config.batch_size * config.steps)

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from experiments import settings
+from sparsejax import routing
 from sparsejax import weights
 
 
@@ -88,6 +89,7 @@ def make(
   *,
   steps: int,
   key: jax.Array,
+  balance_rate: float | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer of a config, wrapped by its method.
 
@@ -96,9 +98,30 @@ def make(
     method: `config.method`.
     steps: how long the learning-rate schedule is.
     key: of the method's random choices, where it makes any.
+    balance_rate: None, or how far a step moves the `balance_bias` of mixtures
+      of experts, which the optimizer and its method then do not see.
   """
   inner = settings.call("optimizer", optimizer, OPTIMIZERS, steps=steps)
   function = METHODS.get(method.get("name"), dense)
   draws = "key" in inspect.signature(function).parameters
   given = {"key": key} if draws else {}
-  return settings.call("method", method, METHODS, inner, **given)
+  tx = settings.call("method", method, METHODS, inner, **given)
+  if balance_rate is None:
+    return tx
+  own = {"balance_bias": routing.balance_bias(balance_rate), "others": tx}
+  return optax.partition(own, _labels)
+
+
+def _labels(params):
+  of = lambda path, _: (
+    "balance_bias" if "balance_bias" in jax.tree_util.keystr(path) else "others"
+  )
+  return jax.tree.map_with_path(of, params)
+
+
+def step(opt_state: optax.OptState) -> jax.Array:
+  """How many updates were made: the count of the learning rate's schedule."""
+  schedules = lambda path, _: (
+    getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
+  )
+  return optax.tree.get(opt_state, "count", filtering=schedules)

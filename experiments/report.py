@@ -2,21 +2,27 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import pathlib
+import re
 from typing import Any
 
 import matplotlib
 import numpy as np
 
 from experiments import intervals
+from sparsejax import plots
+from sparsejax import routing
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 NOTE = """\
 FLOPs are counted, not measured: a zero weight costs nothing in them. This
 hardware computed with dense matrices whatever the masks, as it does unless
 kernels skip the zeros, so no step was faster for them."""
+MIXTURES = """\
+Of a mixture of experts, those that a token goes to count, and no others."""
 
 Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
 Records = Sequence[Mapping[str, float]]
@@ -36,6 +42,10 @@ ROWS = {
   "validation_accuracy": ("validation accuracy", "{:.4f}".format),
   "density": ("density (no embeddings, biases)", "{:.4f}".format),
   "parameters": ("parameters", _units),
+  "active_parameters": ("parameters that a token meets", _units),
+  "validation_active": ("experts a token", "{:.2f}".format),
+  "validation_dropped": ("dropped edges", "{:.4f}".format),
+  "validation_max_violation": ("largest load / mean - 1", "{:.3f}".format),
   "training_flops": ("training FLOPs", _units),
   "inference_flops": ("inference FLOPs an example", _units),
   "step_seconds": ("step time (ms)", lambda s: f"{1e3 * s:.1f}"),
@@ -70,7 +80,9 @@ def table(runs: Summaries) -> str:
     padded = map(str.rjust, cells, widths[1:])
     lines.append("  ".join([title.ljust(widths[0]), *padded]))
   rule = "-" * len(lines[0])
-  return "\n".join([lines[0], rule, *lines[1:], "", NOTE])
+  mixtures = any("active_parameters" in s for of in runs.values() for s in of)
+  notes = [NOTE, MIXTURES] if mixtures else [NOTE]
+  return "\n".join([lines[0], rule, *lines[1:], "", *notes])
 
 
 def _points(records: Records, metric: str) -> tuple[list, list]:
@@ -113,6 +125,47 @@ def curves(
     panel.grid(alpha=0.3)
     panel.legend()
   figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def _routed(record: Mapping[str, float], layer: int) -> dict[str, Any]:
+  """What one layer did, as `plots.routing_trace` takes it."""
+  prefix = f"train_layer_{layer}_"
+  names = [n.removeprefix(prefix) for n in record if n.startswith(prefix)]
+  experts = sum(re.fullmatch(r"load_\d+", name) is not None for name in names)
+  load = [record[f"{prefix}load_{expert}"] for expert in range(experts)]
+  kept = {"max_violation", "entropy", "dropped"} & set(names)
+  return {"load": load} | {name: record[prefix + name] for name in kept}
+
+
+def loads(path: str | pathlib.Path, records: Records) -> None:
+  """Draws what mixtures of experts did over a run, where it has any.
+
+  Args:
+    path: of the PNG, with a row for each layer.
+    records: of a run.
+  """
+  known = [r for r in records if "train_layer_0_max_violation" in r]
+  if not known:
+    return
+  steps = [record["step"] for record in known]
+  layers = sum(
+    re.fullmatch(r"train_layer_\d+_max_violation", name) is not None
+    for name in known[0]
+  )
+  figure, rows = plt.subplots(
+    layers, 3, figsize=(11, 2.8 * layers), layout="constrained", squeeze=False
+  )
+  # The axes count records.
+  step = lambda i, _: f"{steps[int(i)]:,}" if 0 <= i < len(steps) else ""
+  for layer, axes in enumerate(rows):
+    trace = routing.stack_traces(_routed(record, layer) for record in known)
+    plots.routing_trace(trace, axes=axes)
+    axes[0].set_title(f"layer {layer}", loc="left")
+    for ax in axes:
+      ax.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+      ax.xaxis.set_major_formatter(step)
   figure.savefig(path, dpi=120)
   plt.close(figure)
 

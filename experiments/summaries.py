@@ -40,10 +40,12 @@ def write(
     )
   params, opt_state = state
   records = workdirs.read_metrics(workdir)
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+  edges = flops.active(records[-1:], "validation_")
   values = records[-1] | {
-    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "parameters": parameters,
     "violations": summary.violations if summary else 0,
-    "inference_flops": flops.forward(parts, state),
+    "inference_flops": flops.forward(parts, state, edges),
     "training_flops": flops.training(config, parts, state, records),
     "step_seconds": step_seconds,
     "optimizer_state_bytes": sum(
@@ -51,6 +53,10 @@ def write(
     ),
     "layers": str(summary or ""),
   }
+  if edges:
+    size, _ = flops.weights(parts, state)
+    met, _ = flops.weights(parts, state, edges)
+    values["active_parameters"] = parameters - size + met
   text = json.dumps(values, indent=2)
   workdirs.write(workdir / "summary.json", text)
 

@@ -13,6 +13,7 @@ import tqdm
 
 from experiments import experiment
 from experiments import flops
+from experiments import report
 from experiments import summaries
 from experiments import workdir as workdirs
 
@@ -88,6 +89,7 @@ def train(
         began, counted = time.perf_counter(), step
       if stop and not last:
         return
+    report.loads(workdir / "routing.png", workdirs.read_metrics(workdir))
     # The first stretch has the compilation in it.
     step_seconds = statistics.median(seconds[1:]) if seconds[1:] else None
     state = params, opt_state

@@ -18,11 +18,13 @@ ERK and other budgets                | sparsejax.select.erk, ...
 masks of other libraries' attention  | sparsejax.attention.formats
 mixtures of experts                  | sparsejax.routing.MoE
 routers, balancing, dispatchers      | sparsejax.routing.top_k, dropless, ...
+methods of two rooms (UMoE)          | sparsejax.recipes.UMoE
 pictures of masks and attention      | sparsejax.plots
 """
 
 from sparsejax import attention
 from sparsejax import plots
+from sparsejax import recipes
 from sparsejax import routing
 from sparsejax import select
 from sparsejax import weights

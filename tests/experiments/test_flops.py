@@ -1,9 +1,14 @@
 """Counted operations, against counts by hand."""
 
+import dataclasses
+
+import jax
+import numpy as np
 import pytest
 
 from configs import digits_rigl
 from configs import text_dense
+from configs import text_moe
 from experiments import experiment
 from experiments import flops
 
@@ -44,6 +49,32 @@ def test_training(name):
   cost = flops.training(config, parts, state, records)
   dense = 2 * size * config.batch_size * config.steps
   assert cost == pytest.approx(COSTS[name] * dense)
+
+
+def test_experts_count_as_often_as_tokens_go_there(tmp_path):
+  (tmp_path / "a").write_text("0123456789" * 100)
+  config = text_moe.get_config()
+  config.task.path = str(tmp_path / "a")
+  config.model.width, config.model.heads, config.model.hidden = 8, 2, 16
+  parts = experiment.make(config)
+  shapes = jax.eval_shape(parts.init, 0)
+  ones = jax.tree.map(lambda x: np.ones(x.shape), shapes[0])
+  parts = dataclasses.replace(parts, masks=lambda *_: ones)
+  others = 2 * (4 * 8 * 8 + 8 * 8) + 8 * 256
+  expert = 2 * 8 * 16
+  assert flops.weights(parts, shapes) == (others + 16 * expert,) * 2
+  records = [
+    {"step": 1, "train_layer_0_active": 2.0, "train_layer_1_active": 1.0},
+    {"step": 2, "validation_layer_0_active": 8.0, "train_active": 8.0},
+    {"step": 3, "train_layer_0_active": 1.0, "train_layer_1_active": 0.5},
+  ]
+  edges = flops.active(records, "train_")
+  assert edges == {"layer_0_active": 1.5, "layer_1_active": 0.75}
+  met, kept = flops.weights(parts, shapes, edges)
+  assert met == kept == others + 2.25 * expert
+  tokens = config.task.sequence_length
+  found = flops.forward(parts, shapes, edges)
+  assert found == 2 * tokens * met + parts.other_flops
 
 
 def test_forward_of_a_transformer(tmp_path):

@@ -47,6 +47,40 @@ def test_compare_writes_a_picture_and_the_table(tmp_path):
   assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_loads_are_drawn_where_there_are_any(tmp_path, monkeypatch):
+  path, figures = tmp_path / "routing.png", []
+  close = report.plt.close
+  monkeypatch.setattr(report.plt, "close", figures.append)
+  report.loads(path, RECORDS)
+  assert not path.exists()
+  layers = {
+    f"train_layer_{layer}_{name}": value
+    for layer in range(2)
+    for name, value in {
+      "load_0": 0.25,
+      "load_1": 0.75,
+      "load_balance": 1.5,
+      "max_violation": 0.5,
+      "dropped": 0.1,
+    }.items()
+  }
+  report.loads(path, [{"step": s} | layers for s in (10, 20, 30)])
+  assert path.read_bytes().startswith(b"\x89PNG")
+  (figure,) = figures
+  close(figure)
+  assert [ax.get_title("left") for ax in figure.axes[::3]] == [
+    "layer 0",
+    "layer 1",
+  ]
+  shares, violation, dropped = figure.axes[3:]
+  assert len(shares.collections) == 2
+  assert violation.lines[0].get_ydata() == pytest.approx([0.5] * 3)
+  assert dropped.lines[0].get_ydata() == pytest.approx([0.1] * 3)
+  # Records are told by their steps.
+  labels = [text.get_text() for text in shares.get_xticklabels()]
+  assert [label for label in labels if label] == ["10", "20", "30"]
+
+
 def test_an_unknown_metric_is_named(tmp_path):
   with pytest.raises(ValueError, match="no record has the metric 'loss'"):
     report.compare(tmp_path, {"a": [(SUMMARY, RECORDS)]}, "loss")
