@@ -1,12 +1,42 @@
 """Claims of papers, and the small experiments that test them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
 import ml_collections
 
 from configs import base
+from configs import text_moe
+from configs import text_moe_dense
+
+# Metrics of which less is better; of all others more is.
+LESS = ("loss", "max_violation", "active", "dropped")
+
+
+def config() -> ml_collections.ConfigDict:
+  """What all arms begin with: seconds a run."""
+  config = base.get_config()
+  config.steps = 2_000
+  config.batch_size = 128
+  config.eval_every = 100
+  config.task = {"name": "mnist1d"}
+  config.model = {"name": "mlp", "width": 256, "depth": 2}
+  config.optimizer = {
+    "name": "sgd",
+    "learning_rate": 0.1,
+    "warmup_steps": 100,
+    "weight_decay": 5e-4,
+  }
+  return config
+
+
+def mixtures() -> ml_collections.ConfigDict:
+  """The same, of claims about mixtures of experts."""
+  config = text_moe.get_config()
+  config.steps = 400
+  config.batch_size = 8
+  return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +48,19 @@ class Claim:
     source: the paper, and where in it.
     differs: how the experiment differs from the paper's.
     arms: what is compared: changes to `config`, by field.
-    better: pairs of arms; the first is claimed to be better.
+    better: pairs of arms; the first is claimed to be better. By `metric`, or by
+      another one that is named behind them.
     grid: values tried in every arm alike, by field, on seeds of their own.
-    metric: of the validation data; the higher, the better.
+    metric: of the validation data, by which arms are tuned.
+    config: makes what all arms begin with.
+    besides: as `better`, where the paper claims nothing.
+    shows: further metrics, of which nothing is compared.
   """
 
   says: str
   source: str
   arms: Mapping[str, Mapping[str, Any]]
-  better: Sequence[tuple[str, str]]
+  better: Sequence[tuple[str, ...]]
   differs: str = (
     "An MLP of two hidden layers on MNIST-1D (4,000 training examples), where "
     "the paper has convolutional networks on images. It is evidence about "
@@ -36,6 +70,21 @@ class Claim:
     default_factory=lambda: {"optimizer.learning_rate": (0.1, 0.3, 1.0)}
   )
   metric: str = "accuracy"
+  config: Callable[[], ml_collections.ConfigDict] = config
+  besides: Sequence[tuple[str, ...]] = ()
+  shows: Sequence[str] = ()
+
+
+def metrics(claim: Claim) -> list[str]:
+  """All metrics that a claim needs; first the one by which arms are tuned."""
+  pairs = (*claim.better, *claim.besides)
+  others = [metric for pair in pairs for metric in pair[2:]]
+  return list(dict.fromkeys((claim.metric, *others, *claim.shows)))
+
+
+def sign(metric: str) -> int:
+  """1 where more is better, -1 where less is."""
+  return -1 if metric in LESS else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +111,6 @@ class Pruning:
   metrics: Mapping[str, int] = dataclasses.field(
     default_factory=lambda: {"error": -1, "retrieval": 1, "fidelity": 1}
   )
-
-
-def config() -> ml_collections.ConfigDict:
-  """What all arms begin with: seconds a run."""
-  config = base.get_config()
-  config.steps = 2_000
-  config.batch_size = 128
-  config.eval_every = 100
-  config.task = {"name": "mnist1d"}
-  config.model = {"name": "mlp", "width": 256, "depth": 2}
-  config.optimizer = {
-    "name": "sgd",
-    "learning_rate": 0.1,
-    "warmup_steps": 100,
-    "weight_decay": 5e-4,
-  }
-  return config
 
 
 RIGL = "Evci et al., Rigging the Lottery (2020)"
@@ -129,6 +161,25 @@ def _sr_ste(n, m):
   )
 
 
+TEXT = (
+  "A Transformer of width 64 and 2 blocks on the bytes of Python's standard "
+  "library, 400 steps of 512 bytes; 8 experts of 128 neurons in the "
+  "place of each MLP. The paper's models and runs are far larger. "
+)
+_AUXILIARY = {"name": "auxiliary", "coefficient": 0.01}
+
+
+def _top_k(k, **settings):
+  return {"name": "top_k", "k": k, **settings}
+
+
+def _mixtures(**given):
+  """A claim about mixtures of experts, by their loss."""
+  given["differs"] = TEXT + given["differs"]
+  grid = {"optimizer.learning_rate": (5e-3, 1e-2)}
+  return Claim(config=mixtures, metric="loss", grid=grid, **given)
+
+
 _HALVES = (("unstructured", 0.5), ("2:4", 0.5), ("4:8", 0.5))
 _MORE = (("unstructured", 0.6), ("unstructured", 0.7))
 
@@ -169,6 +220,136 @@ CLAIMS = {
       ),
     },
     better=(("rigl", "gradual"),),
+  ),
+  "moe_dense": _mixtures(
+    says=(
+      "At equal steps and equal FLOPs a token, a Transformer whose MLPs are "
+      "mixtures of experts has a lower loss than the dense one."
+    ),
+    source="Fedus et al., Switch Transformers (2022), section 3",
+    differs=(
+      "The dense arm's MLPs have 256 neurons, as many as the two experts of a "
+      "token have together; it lacks the routers, about 1% of the FLOPs. The "
+      "paper has tokens go to one expert, and a capacity."
+    ),
+    arms={
+      "moe": {},
+      "dense": {"model": text_moe_dense.get_config().model.to_dict()},
+    },
+    better=(("moe", "dense"),),
+    shows=("parameters", "inference_flops"),
+  ),
+  "moe_bias": _mixtures(
+    says=(
+      "A bias of the choice, moved against the load (ALF-LB), balances load "
+      "without an auxiliary loss: the largest load over the mean, less 1 "
+      "(MaxVio), is lower than without balancing and than with the auxiliary "
+      "loss, and so is the loss than with the auxiliary loss."
+    ),
+    source=(
+      "Wang et al., Auxiliary-Loss-Free Load Balancing Strategy for "
+      "Mixture-of-Experts (2024), table 2; A Theoretical Framework for "
+      "Auxiliary-Loss-Free Load Balancing (2025) has its theory"
+    ),
+    differs=(
+      "MaxVio is of validation batches of 512 tokens, the mean over batches "
+      "and layers; scores are a softmax, where the first paper has a sigmoid."
+    ),
+    arms={
+      "bias": {"model.balance": {"name": "bias", "rate": 1e-3}},
+      "none": {"model.balance": {"name": "none"}},
+      "auxiliary": {"model.balance": _AUXILIARY},
+    },
+    better=(
+      ("bias", "none", "max_violation"),
+      ("bias", "auxiliary", "max_violation"),
+      ("bias", "auxiliary"),
+    ),
+    besides=(("bias", "none"),),
+  ),
+  "moe_priority": _mixtures(
+    says=(
+      "Where experts take half of the edges, a model that drops those of the "
+      "lowest weights (batch prioritized routing) has a lower loss than one "
+      "that drops those that come last."
+    ),
+    source=(
+      "Riquelme et al., Scaling Vision with Sparse Mixture of Experts (2021), "
+      "section 4, images"
+    ),
+    differs=(
+      "The capacity factor is 0.5 in training and in validation. Here the "
+      "weights of later bytes decide whether an earlier one is dropped, which "
+      "a model that generates could not know; in images nothing comes later. "
+      "By position, whole sequences at the end of a batch are dropped."
+    ),
+    arms={
+      priority: {
+        "model.capacity_factor": 0.5,
+        "model.priority": priority,
+        "model.router": _top_k(2),
+      }
+      for priority in ("weight", "position")
+    },
+    better=(("weight", "position"),),
+    shows=("dropped",),
+  ),
+  "moe_dense_to_sparse": _mixtures(
+    says=(
+      "A gate that sends tokens to all experts at first, and by a falling "
+      "temperature to about one in the end, has a lower loss after as many "
+      "steps than one that sends them to one from the start."
+    ),
+    source=(
+      "Nie et al., EvoMoE: An Evolutional Mixture-of-Experts Training "
+      "Framework via Dense-To-Sparse Gate (2021), against Switch"
+    ),
+    differs=(
+      "Without the gate's Gumbel noise, and without the phase in which experts "
+      "grow from one. FLOPs are those that the experts of all edges take: the "
+      "first arm has more of them."
+    ),
+    arms={
+      "dense_to_sparse": {
+        "model.router": {
+          "name": "dense_to_sparse",
+          "threshold": 0.1,
+          "until": 300,
+          "begin": 2.0,
+          "end": 0.1,
+        }
+      },
+      "top_1": {"model.router": _top_k(1)},
+    },
+    better=(("dense_to_sparse", "top_1"),),
+    shows=("active",),
+  ),
+  "moe_top_p": _mixtures(
+    says=(
+      "With many small experts, tokens that go to as few of them as together "
+      "have a given probability (XMoE) need fewer for the same quality than "
+      "tokens that go to equally many each: with as many, their loss is lower."
+    ),
+    source=(
+      "Yang et al., XMoE: Enhancing Efficiency in Sparse Models with Sparser "
+      "Selection (2024)"
+    ),
+    differs=(
+      "Here 32 experts of 32 neurons. What is compared is loss at matched "
+      "experts a token: the probability was chosen, on one of the tuning "
+      "seeds, so that in the end tokens of the validation data go to about as "
+      "many. Those of training are in the FLOPs. Weights are the probabilities "
+      "in both arms, and nothing is dropped, where the paper has a capacity."
+    ),
+    arms={
+      name: {"model.experts": 32, "model.hidden": 32, "model.router": router}
+      for name, router in {
+        "top_p": {"name": "top_p", "p": 0.34},
+        "top_k": _top_k(4),
+      }.items()
+    },
+    better=(("top_p", "top_k"),),
+    besides=(("top_p", "top_k", "active"),),
   ),
   "one_shot_order": Pruning(
     says=(

@@ -60,7 +60,7 @@ def run(config: ml_collections.ConfigDict, seeds) -> list[dict[str, float]]:
   """Trains once for each seed, without files; compiles once for all.
 
   Returns:
-    The final validation metrics and the training FLOPs of each run.
+    The final validation metrics, and the size and the FLOPs of each run.
   """
   parts = experiment.make(config)
   every = config.eval_every
@@ -71,8 +71,13 @@ def run(config: ml_collections.ConfigDict, seeds) -> list[dict[str, float]]:
 
   @jax.jit
   def several(state, batches):
-    step = lambda state, batch: (parts.step(*state, batch)[:2], None)
-    return jax.lax.scan(step, state, batches)[0]
+    def step(state, batch):
+      *state, values = parts.step(*state, batch)
+      active = {n: x for n, x in values.items() if n.endswith("_active")}
+      return tuple(state), active
+
+    state, active = jax.lax.scan(step, state, batches)
+    return state, {f"train_{name}": x.mean() for name, x in active.items()}
 
   results = []
   for seed in seeds:
@@ -82,11 +87,20 @@ def run(config: ml_collections.ConfigDict, seeds) -> list[dict[str, float]]:
     for step in range(every, config.steps + 1, every):
       batches = [next(data) for _ in range(every)]
       stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-      state = several(state, stacked)
+      state, active = several(state, stacked)
       size, kept = flops.weights(parts, state)
-      records.append({"step": step, "density": kept / size})
-    cost = flops.training(config, parts, state, records)
-    results.append(parts.evaluate(*state) | {"training_flops": cost})
+      record = {"step": step, "density": kept / size}
+      records.append(record | {n: float(x) for n, x in active.items()})
+    values = parts.evaluate(*state)
+    edges = flops.active([values], "")
+    results.append(
+      values
+      | {
+        "training_flops": flops.training(config, parts, state, records),
+        "inference_flops": flops.forward(parts, state, edges),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state[0])),
+      }
+    )
   return results
 
 
@@ -127,8 +141,9 @@ def tuned(arm, claim, workdir) -> dict[str, Any]:
   ]
 
   def score(point):
-    results = cached(changed(claims.config(), point), TUNING_SEEDS, workdir)
-    return np.mean([result[claim.metric] for result in results])
+    results = cached(changed(claim.config(), point), TUNING_SEEDS, workdir)
+    mean = np.mean([result[claim.metric] for result in results])
+    return claims.sign(claim.metric) * mean
 
   return max(points, key=score)
 
@@ -139,27 +154,34 @@ def test(
   """Runs what a claim needs, and returns what came out, ready for JSON."""
   _check_seeds(seeds)
   arms, values = {}, {}
+  metrics = claims.metrics(claim)
   for name in progress(claim.arms):
     changes = tuned(claim.arms[name], claim, workdir)
-    results = cached(changed(claims.config(), changes), seeds, workdir)
-    values[name] = [result[claim.metric] for result in results]
-    arms[name] = {
-      "tuned": {field: changes[field] for field in claim.grid},
-      claim.metric: dataclasses.asdict(intervals.of_mean(values[name])),
-      "training_flops": np.mean([r["training_flops"] for r in results]),
-    }
-  effects = {
-    (better, worse): intervals.of_effect(values[better], values[worse])
-    for better, worse in claim.better
-  }
+    results = cached(changed(claim.config(), changes), seeds, workdir)
+    arms[name] = {"tuned": {field: changes[field] for field in claim.grid}}
+    for metric in metrics:
+      found = [result[metric] for result in results]
+      values.setdefault(metric, {})[name] = found
+      arms[name][metric] = dataclasses.asdict(intervals.of_mean(found))
+    cost = np.mean([result["training_flops"] for result in results])
+    arms[name]["training_flops"] = cost
+  effects, claimed = [], []
+  for pairs, of_paper in ((claim.better, True), (claim.besides, False)):
+    for better, worse, *others in pairs:
+      metric = others[0] if others else claim.metric
+      both = [values[metric][arm] for arm in (better, worse)]
+      signed = claims.sign(metric) * np.array(both)
+      effect = intervals.of_effect(*signed)
+      about = {"better": better, "worse": worse}
+      if len(metrics) > 1:
+        about |= {"metric": metric, "claimed": of_paper}
+      effects.append(about | dataclasses.asdict(effect))
+      claimed += [effect] * of_paper
   return {
-    "verdict": intervals.verdict(list(effects.values())),
-    "effects": [
-      {"better": better, "worse": worse} | dataclasses.asdict(effect)
-      for (better, worse), effect in effects.items()
-    ],
+    "verdict": intervals.verdict(claimed),
+    "effects": effects,
     "arms": arms,
-    "values": values,
+    "values": values[claim.metric] if len(metrics) == 1 else values,
     "seeds": list(seeds),
     "jax": jax.__version__,
   }
@@ -289,10 +311,16 @@ def pruning_card(
   return "\n".join(lines)
 
 
+def _shown(value: Mapping[str, float]) -> str:
+  if value["low"] == value["high"]:
+    return f"{value['mean']:.4g}"
+  return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+
+
 def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   """What came out as a page of Markdown."""
-  metric = claim.metric
-  shown = lambda v: f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
+  metrics = claims.metrics(claim)
+  less = [metric for metric in metrics if claims.sign(metric) < 0]
   lines = [
     f"# {name}: {result['verdict']}",
     "",
@@ -303,20 +331,44 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
     f"{len(TUNING_SEEDS)} seeds of their own; {len(result['seeds'])} paired "
     "seeds compare the arms. Brackets are 95% t-intervals.",
     "",
-    f"| arm | validation {metric} | training FLOPs | tuned |",
-    "| --- | --- | --- | --- |",
+    f"| arm | validation {' | '.join(metrics)} | training FLOPs | tuned |",
+    "| --- | " + "--- | " * len(metrics) + "--- | --- |",
   ]
   for arm, values in result["arms"].items():
+    cells = " | ".join(_shown(values[metric]) for metric in metrics)
     lines.append(
-      f"| {arm} | {shown(values[metric])} | {values['training_flops']:.3g} | "
+      f"| {arm} | {cells} | {values['training_flops']:.3g} | "
       f"{json.dumps(values['tuned'])} |"
     )
-  lines += ["", f"| effect | {metric} |", "| --- | --- |"]
-  for effect in result["effects"]:
-    pair = f"{effect['better']} - {effect['worse']}"
-    lines.append(f"| {pair} | {shown(effect)} |")
+  compared = dict.fromkeys(
+    e.get("metric", claim.metric) for e in result["effects"]
+  )
   lines += [
     "",
+    f"| effect | {' | '.join(compared)} |",
+    "| --- |" + " --- |" * len(compared),
+  ]
+  pairs = {}
+  for effect in result["effects"]:
+    cell = _shown(effect)
+    if not effect.get("claimed", True):
+      cell = f"({cell})"
+    pair = pairs.setdefault((effect["better"], effect["worse"]), {})
+    pair[effect.get("metric", claim.metric)] = cell
+  for pair, cells in pairs.items():
+    row = " | ".join(cells.get(metric, "") for metric in compared)
+    lines.append(f"| {(', ' if less else ' - ').join(pair)} | {row} |")
+  lines.append("")
+  if less:
+    lines.append(
+      "Effects are how much better the first is, whatever the metric: of "
+      f"{' and '.join(less)} less is better."
+    )
+  if not all(effect.get("claimed", True) for effect in result["effects"]):
+    lines.append(
+      "Of effects in brackets nothing is claimed, and they do not count."
+    )
+  lines += [
     "Reproduced means that every interval of an effect is above zero, not "
     "reproduced that one is below. FLOPs are counted as if zeros cost nothing.",
     f"jax {result['jax']}; `python -m experiments.fidelity --claim={name}`",

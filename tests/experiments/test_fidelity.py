@@ -29,6 +29,11 @@ CLAIM = claims.Claim(
   better=(("dense", "static"),),
   grid={"optimizer.learning_rate": (1e-4, 0.3)},
 )
+METRICS = {
+  *("accuracy", "loss"),  # of tasks, and of mixtures of experts:
+  *("active", "dropped", "max_violation"),
+  *("inference_flops", "parameters"),  # of any run
+}
 
 
 def test_a_claim_is_tested_tuned_and_kept(tmp_path, monkeypatch):
@@ -56,6 +61,82 @@ def test_runs_of_a_seed_are_equal_and_of_two_are_not():
   first, second = fidelity.run(config, [0, 1])
   assert fidelity.run(config, [1]) == [second]
   assert first != second
+
+
+def test_a_claim_of_two_metrics_says_what_less_is(tmp_path, monkeypatch):
+  def run(config, seeds):
+    good = config.model.width == 8
+    return [
+      {
+        "loss": (1 if good else 2) + seed,
+        "active": 2.0 if good else 1.0 + seed / 100,
+        "accuracy": 0.5 + 0.25 * good,
+        "parameters": 123,
+        "training_flops": 10.0,
+      }
+      for seed in seeds
+    ]
+
+  monkeypatch.setattr(fidelity, "run", run)
+  claim = claims.Claim(
+    says="Something.",
+    source="Someone",
+    arms={"good": {"model.width": 8}, "bad": {"model.width": 4}},
+    better=(("good", "bad"), ("good", "bad", "accuracy")),
+    besides=(("good", "bad", "active"),),
+    metric="loss",
+    grid={"optimizer.learning_rate": (0.1,)},
+    shows=("parameters",),
+    config=lambda: claims.config(),
+  )
+  result = fidelity.test(claim, range(5), tmp_path)
+  # More experts a token, of which less is better, is claimed by nobody.
+  assert result["verdict"] == "reproduced"
+  loss, accuracy, active = result["effects"]
+  assert loss["mean"] == pytest.approx(1) and loss["metric"] == "loss"
+  assert accuracy["mean"] == pytest.approx(0.25) and accuracy["claimed"]
+  assert active["mean"] == pytest.approx(-0.98) and not active["claimed"]
+  assert result["values"]["accuracy"]["bad"] == [0.5] * 5
+  json.dumps(result)
+  card = fidelity.card("a_claim", claim, result)
+  for line in (
+    "| arm | validation loss | accuracy | active | parameters | training FLOPs",
+    "| effect | loss | accuracy | active |",
+    "| 123 | 10 |",
+    "of loss and active less is better",
+    "Of effects in brackets nothing is claimed",
+  ):
+    assert line in card
+  (row,) = [line for line in card.splitlines() if "| good, bad |" in line]
+  assert row.startswith("| good, bad | 1 | 0.25 | (-0.98")
+
+
+def test_a_run_of_mixtures_counts_what_was_run(tmp_path):
+  (tmp_path / "a").write_text("0123456789" * 200)
+  changes = {
+    "steps": 4,
+    "eval_every": 2,
+    "batch_size": 2,
+    "task.path": str(tmp_path / "a"),
+    "task.sequence_length": 7,
+    "task.validation_batches": 1,
+    "model.width": 8,
+    "model.heads": 2,
+    "model.depth": 1,
+    "model.hidden": 8,
+    "optimizer.warmup_steps": 0,
+  }
+  config = fidelity.changed(claims.mixtures(), changes)
+  (result,) = fidelity.run(config, [0])
+  assert result["active"] == 2
+  # Attention, a router, two experts of eight, the readout; and the scores.
+  weights = 4 * 8 * 8 + 8 * 8 + 2 * 2 * 8 * 8 + 8 * 256
+  attention = 2 * 28 * 2 * 8
+  assert result["inference_flops"] == 2 * 7 * weights + attention
+  assert result["training_flops"] == 3 * result["inference_flops"] * 2 * 4
+  embedding, norms = 256 * 8, 3 * 8
+  idle = 6 * 2 * 8 * 8
+  assert result["parameters"] == weights + embedding + norms + idle
 
 
 class Figures:
@@ -131,10 +212,11 @@ def test_every_claim_is_well_formed(name):
       for structure, sparsity in points:
         assert prune.points([structure], [sparsity])
     return
-  for arm in itertools.chain(*claim.better):
-    assert arm in claim.arms
+  for first, second, *_ in itertools.chain(claim.better, claim.besides):
+    assert {first, second} <= set(claim.arms)
+  assert set(claims.metrics(claim)) <= METRICS
   for arm in claim.arms.values():
-    config = fidelity.changed(claims.config(), arm)
+    config = fidelity.changed(claim.config(), arm)
     assert config.steps % config.eval_every == 0
     fidelity.experiment.make(config)
 
