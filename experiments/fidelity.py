@@ -312,14 +312,14 @@ def pruning_card(
 
 
 def _shown(value: Mapping[str, float]) -> str:
-  if value["low"] == value["high"]:
-    return f"{value['mean']:.4g}"
+  if value["low"] == value["high"]:  # what all seeds have
+    return f"{value['mean']:,.10g}"
   return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   """What came out as a page of Markdown."""
-  metrics = claims.metrics(claim)
+  metrics, seeds = claims.metrics(claim), len(result["seeds"])
   less = [metric for metric in metrics if claims.sign(metric) < 0]
   lines = [
     f"# {name}: {result['verdict']}",
@@ -328,8 +328,8 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
     "",
     f"**What was run.** {claim.differs}",
     f"Every arm was tuned over {json.dumps(dict(claim.grid))} on "
-    f"{len(TUNING_SEEDS)} seeds of their own; {len(result['seeds'])} paired "
-    "seeds compare the arms. Brackets are 95% t-intervals.",
+    f"{len(TUNING_SEEDS)} seeds of their own; {seeds} paired seeds "
+    "compare the arms. Brackets are 95% t-intervals.",
     "",
     f"| arm | validation {' | '.join(metrics)} | training FLOPs | tuned |",
     "| --- | " + "--- | " * len(metrics) + "--- | --- |",
@@ -371,7 +371,8 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   lines += [
     "Reproduced means that every interval of an effect is above zero, not "
     "reproduced that one is below. FLOPs are counted as if zeros cost nothing.",
-    f"jax {result['jax']}; `python -m experiments.fidelity --claim={name}`",
+    f"jax {result['jax']}; `python -m experiments.fidelity --claim={name}"
+    + ("`" if seeds == 10 else f" --seeds={seeds}`"),
     "",
   ]
   return "\n".join(lines)
