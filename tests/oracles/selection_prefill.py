@@ -150,7 +150,8 @@ def minference_search(q, k, v, patterns, *, head, criterion="output", skip=0):
   dense one (Algorithm 1); "mass", the attention mass that is not recalled,
   mean over the queries from `skip` on (the authors' first code, from 2500
   on; their second counts the components that differ by more than 5e-3).
-  Queries that read nothing give zeros. The first of equals wins.
+  Queries that read nothing give zeros. The first of equals wins. (Their first
+  code then writes a vertical-slash head wherever another kind won.)
 
   Source: minference, MInference 1.0, Algorithm 1.
   """

@@ -226,7 +226,8 @@ def key_convolution(k, w):
 
   k [T, Hkv, D], w [W, Hkv, D]; w_0 meets the token's own key and keys before
   the first are zero. The result replaces the keys everywhere, in the routing
-  and in the attention. The paper's widths are 3 and 5.
+  and in the attention. The paper's widths are 3 and 5. The authors' release
+  has no such layer to compare with.
 
   Source: flash-moba, Optimizing Mixture of Block Attention (key
   convolution).
