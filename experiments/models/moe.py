@@ -24,9 +24,12 @@ def top_k(*, k: int, renormalize: bool = False):
 
 def top_p(*, p: float, k_max: int | None = None, renormalize: bool = False):
   """Each token goes to as few experts as together have a probability of p."""
-  return lambda logits, step, **given: routing.top_p(
-    logits, p, k_max or logits.shape[1], renormalize=renormalize, **given
-  )
+
+  def router(logits, step, **given):
+    most = logits.shape[1] if k_max is None else k_max
+    return routing.top_p(logits, p, most, renormalize=renormalize, **given)
+
+  return router
 
 
 def dense_to_sparse(

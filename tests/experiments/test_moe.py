@@ -252,6 +252,10 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_had_been(
       {"router": {"name": "top_p", "p": 0.5, "k": 2}},
       r"config.model.router.k is not a setting here; it takes k_max, p",
     ),
+    (
+      {"router": {"name": "top_p", "p": 0.5, "k_max": 0}},
+      r"config.model.router: k_max must be 1 to 4, got 0",
+    ),
     ({"router": {"name": "top_p", "p": 1.5}}, r"config.model.router: p .* 1.5"),
     (
       {"router": ANNEALED | {"end": 0.0}},
