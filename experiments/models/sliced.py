@@ -260,7 +260,9 @@ def rotations(
     q, energies = weights.rotation(moments)
     found.append((q, energies))
     if k < len(blocks):
-      cut = (q[:, :width], norm.scale[...], getattr(norm, "bias", None))
+      # Zeros, for widths of one shape: what is compiled serves them all.
+      kept = jnp.where(jnp.arange(len(q)) < width, q, 0)
+      cut = (kept, norm.scale[...], getattr(norm, "bias", None))
       signals = [
         (_advance(blocks[k], k % 2 == 0, settings, cut, x, mask), mask, valid)
         for x, mask, valid in signals
