@@ -4,12 +4,14 @@
 
 Each method is run at each sparsity of each structure with several calibration
 sets. A block of the model is calibrated on what the blocks before it give once
-they are pruned. Three figures:
+they are pruned. Of SliceGPT the sparsity is the share of directions that are
+cut. Four figures:
 
 - error: the mean reconstruction error of the layers;
 - retrieval: how often a docstring of Python's standard library is nearest to
   its own signature;
-- fidelity: the mean cosine between embeddings of the pruned and dense model.
+- fidelity: the mean cosine between embeddings of the pruned and dense model;
+- kept: parameters that are not 0, embeddings too, over those of the dense one.
 
 No text calibrates and evaluates.
 """
@@ -33,6 +35,7 @@ import tqdm
 from experiments import intervals
 from experiments.models import bert
 from experiments.models import pretrained
+from experiments.models import sliced
 from experiments.tasks import docstrings
 from sparsejax import capture
 from sparsejax import select
@@ -70,6 +73,7 @@ METHODS = {
   "owl": weights.wanda,  # at densities of its own, a block each
 }
 DEFAULT = ["magnitude", "wanda", "dsnot", "sparsegpt"]
+SLICEGPT = "slicegpt"  # of the whole model: shapes shrink, there are no masks
 
 
 def points(structures: Iterable[str], sparsities: Sequence[float]) -> list:
@@ -83,8 +87,8 @@ def points(structures: Iterable[str], sparsities: Sequence[float]) -> list:
   """
   found = []
   for sparsity in sparsities:
-    if not 0 < sparsity < 1:
-      raise ValueError(f"sparsity must lie between 0 and 1, got {sparsity}")
+    if not 0 <= sparsity < 1:
+      raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
   for name in dict.fromkeys(structures):
     structure, fit = STRUCTURES[name], list(dict.fromkeys(sparsities))
     if isinstance(structure, select.NM):
@@ -104,6 +108,7 @@ def check(names: Iterable[str], points: Iterable[Point]) -> None:
   wrong = {
     "dsnot": (select.Block, "swaps single weights"),
     "owl": (select.NM, "gives blocks of the model densities of their own"),
+    SLICEGPT: (select.NM | select.Block, "cuts directions of signals"),
   }
   for name in set(names) & set(wrong):
     kind, reason = wrong[name]
@@ -285,6 +290,12 @@ def retrieval(signatures: np.ndarray, texts: np.ndarray) -> float:
   return float((nearest == np.arange(len(texts))).mean())
 
 
+def parameters(model: nnx.Module) -> int:
+  """How many are not 0."""
+  leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+  return sum(int(np.count_nonzero(x)) for x in leaves)
+
+
 class Measured:
   """A dense encoder, texts to calibrate and to evaluate it, and their names.
 
@@ -319,20 +330,20 @@ class Measured:
       raise ValueError(f"model must be an encoder (BERT), got {source!r}")
     pairs = docstrings.load()
     pick = lambda texts, chosen: [texts[i] for i in chosen]
-    self.sets, hashes = [], {}
+    self.sets, self._texts, hashes = [], [], {}
     for seed in range(seeds):
       chosen, held = docstrings.split(
         pairs, calibration=calibration, evaluation=evaluation, seed=seed
       )
       texts = pick(pairs.docstrings, chosen)
       hashes[seed] = digest(text.encode() for text in texts)
-      self.sets.append(
-        first_inputs(self.model, batches_of(tokenizer, texts, length))
-      )
+      self._texts.append(batches_of(tokenizer, texts, length))
+      self.sets.append(first_inputs(self.model, self._texts[-1]))
     sides = [pick(x, held) for x in (pairs.signatures, pairs.docstrings)]
     self._sides = [batches_of(tokenizer, texts, length) for texts in sides]
     self._dense = self._embeddings(self.model)
-    self.dense = {"retrieval": retrieval(*self._dense), "fidelity": 1.0}
+    self.dense = {"retrieval": retrieval(*self._dense)}
+    self.dense |= {"fidelity": 1.0, "kept": 1.0}
     self._found = {}
     of = digest(text.encode() for side in sides for text in side)
     self.about = {
@@ -349,9 +360,7 @@ class Measured:
 
   def row(self, name: str, point: Point, seed: int, bar=None) -> dict:
     """Figures of a method, pruned at a point with a calibration set."""
-    model, batches = nnx.clone(self.model), self.sets[seed]
-    methods = methods_of(name, point, model.blocks, batches, valid_rows)
-    _, error = prune_blocks(model.blocks, batches, methods, valid_rows, bar)
+    model, errors = self._pruned(name, point, seed, bar)
     # Magnitudes see no text: the model is the same with all sets.
     at = (name, point, 0 if name == "magnitude" else seed)
     if at not in self._found:
@@ -359,6 +368,7 @@ class Measured:
       self._found[at] = {
         "retrieval": retrieval(signatures, texts),
         "fidelity": float((texts * self._dense[1]).sum(1).mean()),
+        "kept": parameters(model) / parameters(self.model),
       }
     return {
       "method": name,
@@ -366,8 +376,21 @@ class Measured:
       "sparsity": point[1],
       "seed": seed,
       "calibration": self.about["calibration"][seed],
-      "error": error,
+      **errors,
     } | self._found[at]
+
+  def _pruned(self, name, point, seed, bar):
+    """A model, and the error of its layers where they are as many as before."""
+    if name == SLICEGPT:
+      batches = self._texts[seed].batches
+      model = sliced.slice_(self.model, batches, point[1]).model
+      if bar is not None:
+        bar.update(len(self.model.blocks))
+      return model, {}
+    model, batches = nnx.clone(self.model), self.sets[seed]
+    methods = methods_of(name, point, model.blocks, batches, valid_rows)
+    _, error = prune_blocks(model.blocks, batches, methods, valid_rows, bar)
+    return model, {"error": error}
 
 
 def run(measured, names: Sequence[str], points: Sequence[Point]) -> dict:
@@ -429,6 +452,7 @@ def table(found: dict[str, Any]) -> str:
     cells = [
       spread([row[name] for row in rows if name in row]) for name in names
     ]
+    structure = "-" if method == SLICEGPT else structure
     lines.append(
       f"{method:10s} {structure:12s} {sparsity:8.0%} "
       + " ".join(f"{cell:>22s}" for cell in cells)
@@ -485,7 +509,9 @@ def write(found: dict[str, Any], workdir: str | pathlib.Path) -> None:
   print(table(found))
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "prune.json").write_text(json.dumps(found, indent=2) + "\n")
+  partial = workdir / "prune.json.partial"
+  partial.write_text(json.dumps(found, indent=2) + "\n")
+  partial.replace(workdir / "prune.json")
   draw(found, workdir / "prune.png")
   print(f"The table is in {workdir / 'prune.json'}, a picture in prune.png.")
 
@@ -517,10 +543,10 @@ def main(argv):
   write(run(measured, given.method, at), given.workdir)
 
 
-def define_flags():
+def define_flags(methods: Iterable[str] = tuple(METHODS)):
   """Flags of what is pruned, and how."""
   flags.DEFINE_multi_enum(
-    "method", DEFAULT, list(METHODS), "One or more times: the methods."
+    "method", DEFAULT, list(methods), "One or more times: the methods."
   )
   flags.DEFINE_list("sparsity", ["0.5", "0.6", "0.7"], "Shares pruned.")
   flags.DEFINE_multi_enum(
@@ -534,7 +560,7 @@ def define_flags():
 
 
 if __name__ == "__main__":
-  define_flags()
+  define_flags([*METHODS, SLICEGPT])
   flags.DEFINE_string("model", "minilm", "minilm, a directory, or a hub name.")
   flags.DEFINE_integer("evaluation", 512, "Pairs.", lower_bound=2)
   flags.DEFINE_integer("length", 64, "Tokens of a text.", lower_bound=2)

@@ -63,15 +63,16 @@ def test_points_are_what_a_structure_can_have():
   ]
   for structure, sparsity, error in (
     ("2:4", 0.6, r"must have 0.5 for the structure 2:4, got 0.6"),
-    ("unstructured", 1.0, r"between 0 and 1, got 1.0"),
-    ("unstructured", float("nan"), r"between 0 and 1, got nan"),
+    ("unstructured", 1.0, r"in \[0, 1\), got 1.0"),
+    ("unstructured", float("nan"), r"in \[0, 1\), got nan"),
   ):
     with pytest.raises(ValueError, match=error):
       prune.points([structure], [sparsity])
 
 
 @pytest.mark.parametrize(
-  ("method", "structure"), [("dsnot", "block16"), ("owl", "2:4")]
+  ("method", "structure"),
+  [("dsnot", "block16"), ("owl", "2:4"), ("slicegpt", "2:4")],
 )
 def test_methods_refuse_structures(method, structure):
   with pytest.raises(ValueError, match=f"not be {structure} for the method"):
@@ -141,6 +142,31 @@ def test_structures_hold(small):
   assert ((kernel != 0).reshape(-1, 4, 32).sum(1) == 2).all()
   np.testing.assert_array_equal(masks[1]["down"]["kernel"], kernel != 0)
   assert masks[1]["down"]["bias"].all()
+
+
+def test_how_a_kernel_was_made_is_a_chain():
+  moments = capture.Moments.zeros(8).add(np.eye(8, dtype=np.float32))
+  kernel = np.arange(32, dtype=np.float32).reshape(8, 4) - 16
+  pruned = prune.METHODS["dsnot"](
+    kernel, moments, density=None, structure=prune.STRUCTURES["4:8"]
+  )
+  start = weights.Made("wanda", None, prune.STRUCTURES["4:8"], rows=8)
+  assert pruned.made.method == "dsnot" and pruned.made.start == start
+
+
+def test_directions_are_cut(small):
+  """None, and half of 32: nothing is lost, and then parameters are."""
+  whole = small.row("slicegpt", ("unstructured", 0.0), 0)
+  assert whole["fidelity"] == pytest.approx(1, abs=1e-5)
+  assert whole["retrieval"] == small.dense["retrieval"]
+  half = small.row("slicegpt", ("unstructured", 0.5), 0)
+  assert half["fidelity"] < 0.999 and half["kept"] < whole["kept"]
+  assert "error" not in half
+  masked = small.row("wanda", ("unstructured", 0.5), 0)
+  # Half of each block's kernels, which are of 32 by 32.
+  size = prune.parameters(small.model)
+  pruned = 2 * 6 * 32 * 32 / 2
+  assert masked["kept"] == pytest.approx((size - pruned) / size, abs=1e-6)
 
 
 def test_owl_gives_blocks_what_its_density_asks(small):
