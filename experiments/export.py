@@ -11,7 +11,9 @@ What that saves is printed, and whether anything is faster.
 """
 
 import pathlib
+import shutil
 from typing import Any
+import uuid
 
 from absl import app
 from absl import flags
@@ -42,8 +44,8 @@ def pruned(
   calibration: int,
   length: int,
   seed: int,
-) -> tuple[bert.Bert, dict[str, Any], float]:
-  """A model, its masks, and the mean reconstruction error of its layers.
+) -> tuple[bert.Bert, dict[str, Any], float, dict[str, Any]]:
+  """A model, its masks, the mean error of its layers, and what that is of.
 
   Args:
     source: as `pretrained.load` takes it.
@@ -77,7 +79,14 @@ def pruned(
     masks, error = prune.prune_blocks(
       model.blocks, batches, methods, prune.valid_rows, bar
     )
-  return model, {"blocks": dict(enumerate(masks))}, error
+  about = {
+    "model": source,
+    "text": pairs.source,
+    "split": f"{calibration} docstrings calibrate, and are what error is of",
+    "context": f"{length} tokens at most",
+    "calibration": {seed: prune.digest(text.encode() for text in texts)},
+  }
+  return model, {"blocks": dict(enumerate(masks))}, error, about
 
 
 def write(
@@ -87,12 +96,18 @@ def write(
   source: str,
   format: storage.Format,
 ) -> weights.StorageReport:
-  """Writes both forms into a directory that is made."""
-  out.mkdir(parents=True, exist_ok=True)
+  """Writes both forms into a directory, which is made all at once."""
+  out = out.absolute()
+  partial = out.with_name(f"{out.name}.{uuid.uuid4().hex}.partial")
   params = nnx.state(model, nnx.Param)
-  # First, since masks may not be of the format.
-  report = weights.save(out / "sparse.safetensors", params, masks, format)
-  pretrained.save(out / "dense", model, source)
+  try:
+    partial.mkdir(parents=True)
+    # First, since masks may not be of the format.
+    report = weights.save(partial / "sparse.safetensors", params, masks, format)
+    pretrained.save(partial / "dense", model, source)
+    partial.rename(out)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
   return report
 
 
@@ -103,7 +118,7 @@ def main(argv):
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise app.UsageError(f"--out={out} exists; give one that does not")
   (point,) = prune.points([given.structure], [given.sparsity])
-  model, masks, error = pruned(
+  model, masks, error, about = pruned(
     given.model,
     given.method,
     point,
@@ -113,6 +128,7 @@ def main(argv):
   )
   report = write(out, model, masks, given.model, FORMATS[given.format])
   print(report)
+  print(prune.heading({"about": about}))
   print(f"mean reconstruction error of the layers: {error:.3f}")
   for file in ("sparse.safetensors", "dense/model.safetensors"):
     print(f"{(out / file).stat().st_size:>13,} bytes: {out / file}")

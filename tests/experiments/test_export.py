@@ -21,11 +21,11 @@ from sparsejax.weights import storage
 WORDS = ("gives", "the", "of", "x", "and", "nothing", "than", "mean", "sum")
 SETTINGS = {
   "model_type": "bert",
-  "vocab_size": 32,
+  "vocab_size": 40,
   "hidden_size": 32,
   "num_hidden_layers": 2,
   "num_attention_heads": 2,
-  "intermediate_size": 64,
+  "intermediate_size": 32,  # kernels of one shape: little to compile
   "max_position_embeddings": 16,
 }
 
@@ -113,6 +113,9 @@ def test_an_export(source, tmp_path, monkeypatch, capsys, changes, stored):
   for file in ("sparse.safetensors", "dense/model.safetensors"):
     size = (out / file).stat().st_size
     assert f"{size:,} bytes: {out / file}" in printed
+  # What the error is of.
+  for told in ("text: words", "4 docstrings", "16 tokens", "seed:hash: 0:"):
+    assert told in printed
 
 
 def test_what_is_refused(source, tmp_path, monkeypatch):
@@ -135,4 +138,4 @@ def test_a_format_that_the_masks_are_not_of(source, tmp_path, monkeypatch):
   message = r"blocks/0/\w+/\w+/kernel: mask must keep at most 2"
   with pytest.raises(ValueError, match=message):
     run(monkeypatch, source, tmp_path / "out", format="2:4")
-  assert not list((tmp_path / "out").iterdir())
+  assert not list(tmp_path.iterdir())
