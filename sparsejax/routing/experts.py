@@ -37,6 +37,8 @@ class FeedForward:
 
   Attributes:
     activation: elementwise; one object for all calls.
+    gated: whether `init` makes a gate. Calls go by the parameters they get.
+    biased: whether `init` makes biases, of 0.
 
   Example:
     >>> bank = routing.FeedForward(jax.nn.relu)
@@ -48,6 +50,8 @@ class FeedForward:
 
   fuses: ClassVar[bool] = True
   activation: Callable[[Array], Array] = jax.nn.silu
+  gated: bool = True
+  biased: bool = False
 
   def init(
     self,
@@ -56,23 +60,22 @@ class FeedForward:
     experts: int,
     width: int,
     hidden: int,
-    gated: bool = True,
-    biased: bool = False,
+    gated: bool | None = None,
     dtype=jnp.float32,
   ) -> dict[str, Array]:
-    """Parameters of variance 1 / inputs; biases are 0."""
+    """Parameters of variance 1 / inputs; `gated` in place of the attribute."""
     normal = jax.nn.initializers.lecun_normal(
       in_axis=1, out_axis=2, batch_axis=0
     )
     shapes = {"up": (width, hidden), "down": (hidden, width)}
-    if gated:
+    if self.gated if gated is None else gated:
       shapes["gate"] = (width, hidden)
     keys = jax.random.split(key, len(shapes))
     params = {
       name: normal(k, (experts, *shape), dtype)
       for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    if biased:
+    if self.biased:
       params |= {
         f"{name}_bias": jnp.zeros((experts, n), dtype)
         for name, (_, n) in shapes.items()

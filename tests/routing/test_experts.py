@@ -129,14 +129,14 @@ def test_initial_parameters():
     "up",
     "down",
   }
-  biased = jax.eval_shape(
-    functools.partial(init, biased=True), jax.random.key(0)
-  )
-  assert {k: v.shape for k, v in biased.items() if k not in params} == {
-    "up_bias": (3, 32),
-    "gate_bias": (3, 32),
-    "down_bias": (3, 64),
-  }
+  for gated in (False, True):
+    bank = routing.FeedForward(gated=gated, biased=True)
+    make = lambda bank=bank: routing.MoE(64, 32, 3, bank=bank, rngs=nnx.Rngs(0))
+    of = nnx.eval_shape(make).experts
+    biases = {"up_bias": (3, 32), "down_bias": (3, 64)}
+    biases |= {"gate_bias": (3, 32)} if gated else {}
+    assert {k: v.shape for k, v in of.items() if "bias" in k} == biases
+    assert ("gate" in of) == gated
   params = pieces.jit(init)(jax.random.key(1))
   np.testing.assert_allclose(params["up"].std(), 64**-0.5, rtol=0.05)
   np.testing.assert_allclose(params["down"].std(), 32**-0.5, rtol=0.05)
