@@ -245,6 +245,7 @@ AUTO, EXPLICIT = common.AXIS_TYPES
   [
     (EXPLICIT, "SwiGLU"),
     pytest.param(EXPLICIT, "plain", marks=pytest.mark.slow),
+    pytest.param(EXPLICIT, "biased", marks=pytest.mark.slow),
     (AUTO, "plain"),
     pytest.param(AUTO, "SwiGLU", marks=pytest.mark.slow),
   ],
