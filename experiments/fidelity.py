@@ -351,6 +351,11 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   pairs = {}
   for effect in result["effects"]:
     cell = _shown(effect)
+    if len(compared) > 1:  # the verdict is of all metrics together
+      interval = intervals.Interval(
+        *(effect[n] for n in ("mean", "low", "high"))
+      )
+      cell = f"{WORDS[intervals.verdict([interval])]}: {cell}"
     if not effect.get("claimed", True):
       cell = f"({cell})"
     pair = pairs.setdefault((effect["better"], effect["worse"]), {})

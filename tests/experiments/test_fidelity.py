@@ -108,7 +108,9 @@ def test_a_claim_of_two_metrics_says_what_less_is(tmp_path, monkeypatch):
   ):
     assert line in card
   (row,) = [line for line in card.splitlines() if "| good, bad |" in line]
-  assert row.startswith("| good, bad | 1 | 0.25 | (-0.98")
+  assert row.startswith(
+    "| good, bad | holds: 1 | holds: 0.25 | (does not hold: -0.98"
+  )
 
 
 def test_a_run_of_mixtures_counts_what_was_run(tmp_path):
