@@ -306,8 +306,9 @@ CLAIMS = {
     ),
     differs=(
       "Without the gate's Gumbel noise, and without the phase in which experts "
-      "grow from one. FLOPs are those that the experts of all edges take: the "
-      "first arm has more of them."
+      "grow from one. Active is how many experts process a token in the end; "
+      "FLOPs are those of all edges in training: the steps are equal, and the "
+      "first arm takes more of them."
     ),
     arms={
       "dense_to_sparse": {
@@ -338,7 +339,7 @@ CLAIMS = {
       "Here 32 experts of 32 neurons. What is compared is loss at matched "
       "experts a token: the probability was chosen, on one of the tuning "
       "seeds, so that in the end tokens of the validation data go to about as "
-      "many. Those of training are in the FLOPs. Weights are the probabilities "
+      "many (active). Those of training are in the FLOPs. Weights are the probabilities "
       "in both arms, and nothing is dropped, where the paper has a capacity."
     ),
     arms={

@@ -320,7 +320,6 @@ def _shown(value: Mapping[str, float]) -> str:
 def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   """What came out as a page of Markdown."""
   metrics, seeds = claims.metrics(claim), len(result["seeds"])
-  less = [metric for metric in metrics if claims.sign(metric) < 0]
   lines = [
     f"# {name}: {result['verdict']}",
     "",
@@ -343,6 +342,7 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   compared = dict.fromkeys(
     e.get("metric", claim.metric) for e in result["effects"]
   )
+  less = [metric for metric in compared if claims.sign(metric) < 0]
   lines += [
     "",
     f"| effect | {' | '.join(compared)} |",
