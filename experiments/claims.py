@@ -339,8 +339,9 @@ CLAIMS = {
       "Here 32 experts of 32 neurons. What is compared is loss at matched "
       "experts a token: the probability was chosen, on one of the tuning "
       "seeds, so that in the end tokens of the validation data go to about as "
-      "many (active). Those of training are in the FLOPs. Weights are the probabilities "
-      "in both arms, and nothing is dropped, where the paper has a capacity."
+      "many (active). Those of training are in the FLOPs. Weights are the "
+      "probabilities in both arms, and nothing is dropped, where the paper has "
+      "a capacity."
     ),
     arms={
       name: {"model.experts": 32, "model.hidden": 32, "model.router": router}
