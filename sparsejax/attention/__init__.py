@@ -1,3 +1,7 @@
 """Attention that reads some keys: which ones, and the formats that say so."""
 
+from sparsejax.attention import choices
 from sparsejax.attention import formats
+from sparsejax.attention import scores
+from sparsejax.attention.moba import moba
+from sparsejax.attention.moba import moba_select
