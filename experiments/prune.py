@@ -158,11 +158,17 @@ def prune_blocks(
   Returns:
     The masks of each block's parameters, and the mean reconstruction error of
     the layers.
+
+  Raises:
+    ValueError: naming the layer, where a method cannot prune it.
   """
   masks, errors = [], []
 
   def update(number, params, moments):
-    after, mask = weights.prune(params, moments, methods[number])
+    try:
+      after, mask = weights.prune(params, moments, methods[number])
+    except ValueError as error:  # names a layer of the block
+      raise ValueError(f"blocks/{number}/{error}") from error
     old, new = kernels(params), kernels(after)
     errors.extend(_error(old[n], new[n], moments[n]) for n in moments)
     masks.append(nnx.to_pure_dict(mask))

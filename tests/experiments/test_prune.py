@@ -1,5 +1,6 @@
 """The pruning experiment: its figures, and runs on a small model."""
 
+import functools
 import json
 
 from absl.testing import flagsaver
@@ -13,6 +14,7 @@ from experiments.models import bert
 from experiments.models import pretrained
 from experiments.tasks import docstrings
 from sparsejax import capture
+from sparsejax import select
 from sparsejax import weights
 
 WORDS = ("gives", "the", "of", "x", "and", "nothing", "than", "mean", "sum")
@@ -130,6 +132,19 @@ def test_a_block_is_calibrated_on_what_pruned_ones_give(small):
   (expected,) = whole.values()
   of_query = seen[6 + ["key", "out", "query"].index("query")]
   np.testing.assert_allclose(of_query.second, expected.second, atol=1e-4)
+
+
+def test_errors_name_the_layer(small):
+  model, batches = nnx.clone(small.model), small.sets[0]
+  # Of the second block one of 32 by 32 is all there is, and goes.
+  whole, none = (0.5, select.Block((16, 16))), (0.5, select.Block((32, 32)))
+  methods = [
+    functools.partial(weights.wanda, density=density, structure=structure)
+    for density, structure in (whole, none)
+  ]
+  error = r"blocks/1/attention/key/kernel: density .* keeps 0 of 1 "
+  with pytest.raises(ValueError, match=error):
+    prune.prune_blocks(model.blocks, batches, methods, prune.valid_rows)
 
 
 def test_structures_hold(small):

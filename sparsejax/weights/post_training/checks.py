@@ -45,8 +45,8 @@ def check_density(density, structure, shape):
   kept = structure.group_count(shape, axes, density)
   if units and 0 < density < 1 and kept in (0, units):
     raise ValueError(
-      f"density must keep some and prune some, got {density}, which keeps "
-      f"{kept} of {units} in a group of {structure} over {tuple(shape)}"
+      f"density must keep some and prune some, got {density:.4g}, which "
+      f"keeps {kept} of {units} in a group of {structure} over {tuple(shape)}"
     )
 
 
