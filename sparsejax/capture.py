@@ -301,8 +301,8 @@ def in_order(
     batches: of the first block, as `moments` takes them.
     update: function of a block's number, its parameters and its moments by the
       kernel's name in the block. Returns the new parameters and anything else,
-      as `weights.prune` does. Parameters are an `nnx.State` of the module's
-      `nnx.Param`s, or the variables.
+      as `weights.prune` does. Parameters are an `nnx.State`, of what is
+      `nnx.Param` in the module, or the variables.
     where: as `moments` takes it.
     valid: likewise.
     second: likewise.
