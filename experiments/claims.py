@@ -336,7 +336,7 @@ CLAIMS = {
       "Selection (2024)"
     ),
     differs=(
-      "Here 32 experts of 32 neurons. What is compared is loss at matched "
+      "But here 32 experts of 32 neurons. What is compared is loss at matched "
       "experts a token: the probability was chosen, on one of the tuning "
       "seeds, so that in the end tokens of the validation data go to about as "
       "many (active). Those of training are in the FLOPs. Weights are the "
