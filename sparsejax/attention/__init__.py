@@ -5,3 +5,8 @@ from sparsejax.attention import formats
 from sparsejax.attention import scores
 from sparsejax.attention.moba import moba
 from sparsejax.attention.moba import moba_select
+from sparsejax.attention.nsa import Compressor
+from sparsejax.attention.nsa import NSA
+from sparsejax.attention.nsa import nsa
+from sparsejax.attention.nsa import nsa_select
+from sparsejax.attention.nsa import window_importance
