@@ -135,7 +135,7 @@ def monet_losses(
 
   Example:
     >>> gates = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
-    >>> [x.round(3).item() for x in routing.monet_losses(gates, gates)]
+    >>> [round(x.item(), 3) for x in routing.monet_losses(gates, gates)]
     [0.693, 0.0]
 
   Source: monet, Monet: Mixture of Monosemantic Experts for Transformers,
