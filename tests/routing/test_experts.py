@@ -45,7 +45,12 @@ def test_rows_in_groups(name, gated):
 
 
 @pytest.mark.parametrize(
-  "names", ["up gate down", "down", "up", "gate"], ids=lambda x: x
+  "names",
+  [
+    "up gate down",
+    "down",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("up", "gate")),
+  ],
 )
 def test_biases(names):
   """Each in its place; scattered and scaled as the products are."""

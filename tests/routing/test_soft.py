@@ -155,7 +155,9 @@ def test_eight_devices(axis_type):
   pieces.compare_on_eight_devices(f, arrays["x"], axis_type)
 
 
-@pytest.mark.parametrize("sequences", ["x", ("x", "y")])
+@pytest.mark.parametrize(
+  "sequences", [pytest.param("x", marks=pytest.mark.slow), ("x", "y")]
+)
 def test_slots_go_to_their_experts(sequences):
   """Experts divided over an axis, that of sequences or another."""
   mesh = common.mesh_of(jax.sharding.AxisType.Explicit)
