@@ -310,6 +310,15 @@ def blocks_of_mask(lists: Array, block: int) -> tuple[Array, int]:
   return lists.reshape(*lists.shape[:-2], -1), block_kv
 
 
+def check_counts(**counts: int) -> None:
+  """ValueError for a setting that is no integer of at least 0."""
+  for name, value in counts.items():
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+      raise ValueError(
+        f"{name} is {value!r}; it must be an integer of at least 0."
+      )
+
+
 def size_in_mask(block: int) -> int:
   """The largest of 16, 32, ... 512 that divides a block; or a ValueError."""
   size = min(block & -block, 512) if isinstance(block, int) else 0

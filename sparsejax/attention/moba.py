@@ -62,10 +62,7 @@ def moba_select(
   """
   scores.group_size(q, k)
   positions = scores.positions(q_positions, q.shape[1])
-  if not isinstance(top_k, int) or top_k < 0:
-    raise ValueError(
-      f"top_k is {top_k!r}; it must be an integer of at least 0."
-    )
+  choices.check_counts(top_k=top_k)
   choices.size_in_mask(block)
   centers = jax.lax.stop_gradient(scores.pooled(k, block))
   blocks = centers.shape[1]

@@ -72,15 +72,7 @@ def _check_sizes(length, stride, block):
     )
 
 
-def _check_counts(**counts):
-  for name, value in counts.items():
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-      raise ValueError(
-        f"{name} is {value!r}; it must be an integer of at least 0."
-      )
-
-
-def _compressed(
+def read_windows(
   q,
   k_cmp,
   v_cmp,
@@ -94,17 +86,19 @@ def _compressed(
   local,
   q_positions,
   scale,
+  to_blocks=window_importance,
 ):
   """The compressed branch and, from its probabilities, the selected blocks.
 
   Without `v_cmp` only the latter. Queries are taken some at a time, so that the
-  probabilities of all of them are never there at once.
+  probabilities of all of them are never there at once. `to_blocks` makes
+  scores of blocks of them.
 
   Returns:
     out [B, S, H, D] or None, and chosen int32 [B, S, Hkv, K], -1 for none.
   """
   _check_sizes(length, stride, block)
-  _check_counts(top_n=top_n, initial=initial, local=local)
+  choices.check_counts(top_n=top_n, initial=initial, local=local)
   choices.size_in_mask(block)
   group = scores.group_size(q, k_cmp)
   count = scores.window_count(kv_len, length, stride)
@@ -127,7 +121,7 @@ def _compressed(
     p = jnp.where(seen, jnp.exp(logits - lax.stop_gradient(most)), 0)
     total = p.sum(-1, keepdims=True)
     p /= jnp.where(total > 0, total, 1)
-    importance = window_importance(
+    importance = to_blocks(
       choices.per_group(lax.stop_gradient(p), group),
       blocks,
       length=length,
@@ -154,7 +148,7 @@ def _compressed(
   return scores.in_chunks(some, (q, at), q.shape[0] * q.shape[2] * count)
 
 
-def _selected(chosen, kv_len, group, block, block_q, capacity):
+def mask_of_groups(chosen, kv_len, group, block, block_q, capacity):
   chosen, block_kv = choices.blocks_of_mask(chosen, block)
   return formats.from_nsa(
     chosen,
@@ -225,7 +219,7 @@ def nsa_select(
   """
   if k_compressed is None:
     k_compressed = scores.window_means(k, length, stride)
-  _, chosen = _compressed(
+  _, chosen = read_windows(
     lax.stop_gradient(q),
     lax.stop_gradient(k_compressed),
     None,
@@ -240,11 +234,11 @@ def nsa_select(
     scale=scale,
   )
   group = scores.group_size(q, k)
-  return _selected(chosen, k.shape[1], group, block, block_q, capacity)
+  return mask_of_groups(chosen, k.shape[1], group, block, block_q, capacity)
 
 
-def _sliding(q, kv_len, window, block_kv, block_q, q_positions):
-  """A mask of the last `window` keys up to each query."""
+def causal_mask(q, kv_len, window, block_kv, block_q, q_positions):
+  """A mask of the last `window` keys up to each query; None is all of them."""
   queries = q.shape[1]
   tiles, blocks = -(-queries // block_q), -(-kv_len // block_kv)
   if q_positions is None:
@@ -255,7 +249,12 @@ def _sliding(q, kv_len, window, block_kv, block_q, q_positions):
     pad = ((0, 0), (0, tiles * block_q - queries))
     at = jnp.pad(at, pad, mode="edge").reshape(len(at), 1, tiles, block_q)
     low, high = at.min(-1), at.max(-1)
-  low = (low - window + 1).clip(0) // block_kv
+  rule = rules.Causal()
+  if window is None:
+    low *= 0
+  else:
+    rule &= rules.Window(window - 1)
+    low = (low - window + 1).clip(0) // block_kv
   high = high // block_kv
   # Positions that are given may be any: those of a tile may lie far apart.
   width = blocks
@@ -268,7 +267,7 @@ def _sliding(q, kv_len, window, block_kv, block_q, q_positions):
     block_q=block_q,
     block_kv=block_kv,
     kv_blocks=blocks,
-    rule=rules.Causal() & rules.Window(window - 1),
+    rule=rule,
   )
 
 
@@ -347,7 +346,7 @@ def nsa(
     raise ValueError(f"window is {window!r}; it must be a positive integer.")
   if compressed is None:
     compressed = [scores.window_means(x, length, stride) for x in (k, v)]
-  first, chosen = _compressed(
+  first, chosen = read_windows(
     q,
     *compressed,
     k.shape[1],
@@ -361,9 +360,9 @@ def nsa(
     scale=scale,
   )
   group = scores.group_size(q, k)
-  mask = _selected(chosen, k.shape[1], group, block, block_q, capacity)
+  mask = mask_of_groups(chosen, k.shape[1], group, block, block_q, capacity)
   k_near, v_near = (k, v) if sliding is None else sliding
-  near = _sliding(
+  near = causal_mask(
     q, k_near.shape[1], window, mask.block_kv, block_q, q_positions
   )
   options = dict(scale=scale, q_positions=q_positions, backend=backend)
