@@ -372,6 +372,9 @@ class Strided(rules.Rule):
 class Longformer(rules.Rule):
   """A window, and global tokens that read and are read by everything.
 
+  The list of a global token's block has all blocks, so that every list has as
+  many slots.
+
   Args:
     left: keys before the query's own; the paper's window w has w // 2.
     right: keys after it.

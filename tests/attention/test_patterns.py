@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import aot
 from pallas_kernels import rules
 from sparsejax.attention import formats
 from sparsejax.attention import patterns
@@ -112,7 +113,6 @@ SQUARES = {
     left=3, right=2, global_tokens=(1,), dilation=5
   ),
   "longformer_all": longformer(left=0, right=0, global_tokens=range(GRID)),
-  "1d": neighborhood((63,), window=7),
   "1d_stride": neighborhood((63,), window=20, stride=16),
   "1d_dilated_causal": neighborhood(
     (63,), window=4, stride=3, dilation=5, is_causal=True
@@ -126,9 +126,12 @@ SQUARES = {
     dilation=(2, 1),
     is_causal=(True, False),
   ),
-  "3d": neighborhood((3, 3, 7), window=(1, 2, 3), stride=(1, 2, 2)),
-  "3d_causal": neighborhood(
-    (7, 3, 3), window=2, dilation=(3, 1, 2), is_causal=True
+  "3d": neighborhood(
+    (7, 3, 3),
+    window=(3, 1, 2),
+    stride=(2, 1, 2),
+    dilation=(2, 1, 1),
+    is_causal=(True, False, False),
   ),
 }
 RULES = BANDS | SQUARES
@@ -298,7 +301,6 @@ def test_permuted_positions(one_program):
 @pytest.mark.parametrize(
   "options",
   [
-    dict(num_heads=4, local=1, stride=4),
     dict(num_heads=4, local=2, stride=3, kv_heads=2, first=1),
     dict(num_heads=2, local=0, stride=8, step=3),
     dict(num_heads=1, local=99, stride=99),
@@ -313,7 +315,7 @@ def test_s2(options):
   np.testing.assert_array_equal(got, tables & oracle.causal(85, 85))
 
 
-@pytest.mark.parametrize("max_stride", [1, 2, 8, 64])
+@pytest.mark.parametrize("max_stride", [1, 64])
 def test_butterfly(max_stride):
   for length in (16, 101):
     mask = patterns.butterfly(length, 16, max_stride=max_stride)
@@ -321,9 +323,7 @@ def test_butterfly(max_stride):
     np.testing.assert_array_equal(mask.blocks()[0, 0], want)
 
 
-@pytest.mark.parametrize(
-  "window_blocks,global_blocks", [(3, 1), (1, 0), (5, 2)]
-)
+@pytest.mark.parametrize("window_blocks,global_blocks", [(3, 1), (5, 2)])
 def test_bigbird(window_blocks, global_blocks):
   sizes = dict(window_blocks=window_blocks, global_blocks=global_blocks)
   keys = jax.random.split(jax.random.key(3), 2)
@@ -360,9 +360,8 @@ def dense(q, k, v, table):
   return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
 
 
-@pytest.mark.parametrize("name", ["longformer", "2d_mixed"])
-def test_attention(name):
-  rule, oracle_table = RULES[name]
+def test_attention():
+  rule, oracle_table = RULES["2d_mixed"]
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, GRID, 2, 8))
 
   @problem.jit
@@ -374,6 +373,25 @@ def test_attention(name):
 
   want = dense(q, k, v, oracle_table(GRID, GRID)[None, None])
   np.testing.assert_allclose(attend(q, k, v), want, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_compiles_for_tpu():
+  """The rules' integer arithmetic, in the bodies of the kernels."""
+  rule = patterns.Neighborhood((8, 32), (4, 8), (2, 1), (2, 1), (False, True))
+  rule |= patterns.Sinks(4, 100) | patterns.Strided(9, 24)
+  rule |= patterns.Longformer(3, 3, (1, 2, 40), dilation=3)
+  mask = patterns.mask(
+    rule | patterns.stripes([1, 200], [7]), 256, 256, block_q=128, block_kv=128
+  )
+
+  def loss(q, k, v):
+    out = pk.block_sparse_attention(q, k, v, mask, backend="tpu")
+    return out.astype(jnp.float32).sum()
+
+  x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+  step = jax.grad(loss, (0, 1, 2))
+  assert aot.compile_for(step, x, x, x, target="v6e:2x2").kernels
 
 
 def test_attention_of_heads():
