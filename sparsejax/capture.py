@@ -19,7 +19,8 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 Where = Callable[[str], bool] | None
@@ -173,21 +174,7 @@ class Moments:
         f"x must be [..., {self.mean.shape[0]}] and valid of its leading "
         f"dimensions, got {x.shape} and {given}"
       )
-    mesh = jax.typeof(x).sharding.mesh
-    explicit = [
-      name
-      for name, kind in zip(mesh.axis_names, mesh.axis_types)
-      if kind == AxisType.Explicit
-    ]
-    if not explicit:
-      return _added(self, x, valid)
-    # Rows are one axis here, and of sums over them no type tells the sharding.
-    add = jax.sharding.auto_axes(
-      _added,
-      axes=tuple(explicit),
-      out_sharding=jax.NamedSharding(mesh, jax.P()),
-    )
-    return add(self, x, valid)
+    return automatic(_added, self, x, valid)
 
   @property
   def variance(self) -> Array:

@@ -17,6 +17,7 @@ import pytest
 from sparsejax import capture
 from sparsejax import select
 from sparsejax import weights
+from tests import common
 from tests.oracles import post_training as oracle
 from tests.oracles import test_post_training_oracle as authors
 
@@ -301,6 +302,33 @@ def test_a_model_and_training_from_its_masks():
   for name, density in densities.items():
     mask = masks[name.split("/")[0]]["kernel"]
     assert abs(float(mask.mean()) - density) < 0.1
+
+
+METHODS = {
+  "magnitude": lambda w, moments: weights.magnitude_pruning(w, 0.5),
+  "wanda": lambda w, moments: weights.wanda(w, moments, 0.5),
+  "sparsegpt": lambda w, moments: weights.sparsegpt(w, moments, 0.5, block=16),
+  "dsnot": lambda w, moments: weights.dsnot(
+    w, moments, weights.wanda(w, moments, 0.5)
+  ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES, ids=lambda x: x.name)
+def test_eight_devices_choose_the_same(name, axis_type):
+  w, moments, _ = layer(k=32, n=16)
+  run = jax.jit(METHODS[name])
+  want, mesh = run(w, moments), common.mesh_of(axis_type)
+  with jax.set_mesh(mesh):
+    placed = common.place(w, mesh, jax.P("y", "x"))
+    got = run(placed, common.place(moments, mesh, jax.P()))
+    error = weights.reconstruction_error(placed, got.kernel, moments)
+  np.testing.assert_array_equal(got.mask, want.mask)
+  np.testing.assert_allclose(got.kernel, want.kernel, rtol=1e-4, atol=1e-5)
+  assert got.kernel.sharding == got.mask.sharding == placed.sharding
+  expected = weights.reconstruction_error(w, want.kernel, moments)
+  np.testing.assert_allclose(error, expected, rtol=1e-4)
 
 
 def test_a_result_says_how_it_was_made():

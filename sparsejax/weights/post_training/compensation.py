@@ -6,6 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparsejax.automatic import automatic
 from sparsejax.capture import Moments
 from sparsejax.select import structures as structures_lib
 from sparsejax.weights.post_training import checks
@@ -86,7 +87,10 @@ def sparsegpt(
   second = checks.second_moments(kernel, moments)
   if not damping:
     _check_rank(moments)
-  w, mask = _sparsegpt(kernel, second, density, structure, block, damping)
+  run = lambda kernel, second: _sparsegpt(
+    kernel, second, density, structure, block, damping
+  )
+  w, mask = automatic(run, kernel, second, out=kernel)
   settings = (("block", block), ("damping", damping))
   made = Made("sparsegpt", density, structure, settings, moments.count)
   return Pruned(w, mask, made)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax.automatic import automatic
 from sparsejax.capture import Moments
 from sparsejax.select import structures as structures_lib
 from sparsejax.weights.post_training import checks
@@ -81,6 +82,10 @@ def reconstruction_error(before: Array, after: Array, moments: Moments):
   0.36000001430511475
   """
   second = checks.second_moments(before, moments)
+  return automatic(_error, before, after, second)
+
+
+def _error(before, after, second):
   norm = lambda w: jnp.einsum(
     "io,ij,jo->", w, second, w, precision="highest"
   )  # fmt: skip

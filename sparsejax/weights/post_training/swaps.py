@@ -6,6 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparsejax.automatic import automatic
 from sparsejax.capture import Moments
 from sparsejax.select import structures as structures_lib
 from sparsejax.weights.post_training import checks
@@ -92,7 +93,10 @@ def dsnot(
     raise ValueError(
       f"group must divide the {kernel.shape[0]} inputs, got {group}"
     )
-  mask = _dsnot(kernel, moments, mask, cycles, threshold, power, group)
+  run = lambda kernel, moments, mask: _dsnot(
+    kernel, moments, mask, cycles, threshold, power, group
+  )
+  mask = automatic(run, kernel, moments, mask, out=kernel)
   density = None if start is None else start.density
   made = Made("dsnot", density, structure, settings, moments.count, start)
   return masked(kernel, mask, made)
