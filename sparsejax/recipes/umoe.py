@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from sparsejax import sharding
+from sparsejax.automatic import automatic
 from sparsejax.routing import attention_experts as heads
 from sparsejax.routing import dispatchers
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 from sparsejax.routing.soft import masked_softmax
 

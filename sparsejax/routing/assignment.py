@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sparsejax.routing.automatic import automatic
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 

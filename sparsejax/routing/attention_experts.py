@@ -12,9 +12,9 @@ import numpy as np
 
 import pallas_kernels
 from sparsejax import sharding
+from sparsejax.automatic import automatic
 from sparsejax.routing import routers
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 
 Array = jax.Array

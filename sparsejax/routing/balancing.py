@@ -10,8 +10,8 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.automatic import automatic
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.automatic import automatic
 
 Array = jax.Array
 AxisNames = tuple[str, ...]

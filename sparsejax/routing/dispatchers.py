@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import sharding
+from sparsejax.automatic import automatic
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.automatic import automatic
 
 Array = jax.Array
 Bank = Callable[..., Array]

@@ -8,10 +8,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.automatic import automatic
 from sparsejax.routing import dispatchers
 from sparsejax.routing.assignment import Assignment
 from sparsejax.routing.attention_experts import sorted_edges
-from sparsejax.routing.automatic import automatic
 from sparsejax.routing.modules import MoE
 
 Array = jax.Array

@@ -23,8 +23,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparsejax.automatic import automatic
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.automatic import automatic
 from sparsejax.routing.balancing import load_error
 
 Array = jax.Array

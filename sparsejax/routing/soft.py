@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import sharding
-from sparsejax.routing.automatic import automatic
+from sparsejax.automatic import automatic
 from sparsejax.routing.experts import FeedForward
 
 Array = jax.Array

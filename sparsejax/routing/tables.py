@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from sparsejax.routing.automatic import automatic
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 

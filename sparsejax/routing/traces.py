@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.automatic import automatic
 from sparsejax.routing import balancing
 from sparsejax.routing.assignment import Assignment
-from sparsejax.routing.automatic import automatic
 
 Array = jax.Array
 
