@@ -134,7 +134,7 @@ def moba(
 
   Example:
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 8))
-    >>> moba(q, k, v, block=16, top_k=2).shape
+    >>> jax.jit(lambda *qkv: moba(*qkv, block=16, top_k=2))(q, k, v).shape
     (1, 40, 2, 8)
 
   Source: moba, MoBA: Mixture of Block Attention for Long-Context LLMs,

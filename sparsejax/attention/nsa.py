@@ -331,7 +331,8 @@ def nsa(
   Example:
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 8))
     >>> gates = jnp.full((1, 40, 2, 3), 0.5)
-    >>> nsa(q, k, v, gates, length=8, stride=4, block=16, top_n=2).shape
+    >>> sizes = dict(length=8, stride=4, block=16, top_n=2)
+    >>> jax.jit(lambda *args: nsa(*args, **sizes))(q, k, v, gates).shape
     (1, 40, 2, 8)
 
   Source: nsa, Native Sparse Attention: Hardware-Aligned and Natively Trainable

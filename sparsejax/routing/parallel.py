@@ -178,7 +178,8 @@ def over_devices(
     >>> params = bank.init(jax.random.key(0), experts=4, width=8, hidden=8)
     >>> found = routing.top_k(jnp.zeros((6, 4)), 2)
     >>> with jax.set_mesh(mesh):
-    ...   y = dispatch(jnp.ones((6, 8)), found, bank, params)
+    ...   run = jax.jit(lambda x: dispatch(x, found, bank, params))
+    ...   y = run(jnp.ones((6, 8)))
     >>> y.shape
     (6, 8)
   """
