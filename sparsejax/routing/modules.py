@@ -92,6 +92,11 @@ class MoE(nnx.Module):
     dtype=None,
     rngs: nnx.Rngs,
   ):
+    for name, value in dict(
+      width=width, experts=experts, capacity_factor=capacity_factor
+    ).items():
+      if value is not None and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
     self.router = nnx.Linear(
       width,
       experts,
@@ -187,6 +192,10 @@ class MoE(nnx.Module):
       raise ValueError(
         f'key must be given with priority="random" alone, got {key} with '
         f"{self.priority!r}"
+      )
+    if not x.ndim or x.shape[-1] != self.router.in_features:
+      raise ValueError(
+        f"x must be [..., {self.router.in_features}], got {list(x.shape)}"
       )
     rows = x.reshape(-1, x.shape[-1])
     given = {}

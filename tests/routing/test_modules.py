@@ -381,7 +381,9 @@ def test_gradients_over_devices(axis_type):
   "argument, call",
   [
     ("k", lambda x, v: routing.MoE(WIDTH, 2, 1, rngs=nnx.Rngs(0))(x)),
-    ("num_experts and factor", lambda x, v: make(capacity_factor=0.0)(x)),
+    ("capacity_factor", lambda x, v: make(capacity_factor=0.0)),
+    ("experts", lambda x, v: routing.MoE(WIDTH, 2, 0, rngs=nnx.Rngs(0))),
+    ("x", lambda x, v: make()(x[..., 1:])),
     ("key", lambda x, v: make(priority="random")(x)),
     ("key", lambda x, v: make()(x, key=jax.random.key(0))),
     ("token_valid", lambda x, v: make()(x, token_valid=v[0])),
