@@ -11,15 +11,14 @@ What that saves is printed, and whether anything is faster.
 """
 
 import pathlib
-import shutil
 from typing import Any
-import uuid
 
 from absl import app
 from absl import flags
 from flax import nnx
 import tqdm
 
+from experiments import files
 from experiments import prune
 from experiments.models import bert
 from experiments.models import pretrained
@@ -97,17 +96,11 @@ def write(
   format: storage.Format,
 ) -> weights.StorageReport:
   """Writes both forms into a directory, which is made all at once."""
-  out = out.absolute()
-  partial = out.with_name(f"{out.name}.{uuid.uuid4().hex}.partial")
   params = nnx.state(model, nnx.Param)
-  try:
-    partial.mkdir(parents=True)
+  with files.new_directory(out.absolute()) as partial:
     # First, since masks may not be of the format.
     report = weights.save(partial / "sparse.safetensors", params, masks, format)
     pretrained.save(partial / "dense", model, source)
-    partial.rename(out)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return report
 
 

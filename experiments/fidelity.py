@@ -27,10 +27,10 @@ import tqdm
 import experiments
 from experiments import claims
 from experiments import experiment
+from experiments import files
 from experiments import flops
 from experiments import intervals
 from experiments import prune
-from experiments import workdir as workdirs
 import sparsejax
 
 TUNING_SEEDS = (1_000, 1_001, 1_002)
@@ -129,7 +129,7 @@ def cached(config, seeds, workdir: pathlib.Path) -> list[dict[str, float]]:
   }
   missing = [seed for seed in seeds if not paths[seed].exists()]
   for seed, result in zip(missing, run(config, missing) if missing else ()):
-    workdirs.write(paths[seed], json.dumps(result))
+    files.write(paths[seed], json.dumps(result))
   return [json.loads(paths[seed].read_text()) for seed in seeds]
 
 
@@ -218,7 +218,7 @@ def test_pruning(
       path = _kept(workdir, made)
       if not path.exists():
         row = measured.row(name, point, seed)
-        workdirs.write(path, json.dumps(row))
+        files.write(path, json.dumps(row))
       rows.append(json.loads(path.read_text()))
   return compared(claim, rows) | {
     "about": measured.about,
@@ -259,12 +259,21 @@ def compared(claim: claims.Pruning, rows) -> dict[str, Any]:
   return {"verdict": f"{count} of {len(verdicts)}", "effects": effects}
 
 
+def _interval(value: Mapping[str, float]) -> str:
+  return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+
+
+def _shown(value: Mapping[str, float]) -> str:
+  if value["low"] == value["high"]:  # what all seeds have
+    return f"{value['mean']:,.10g}"
+  return _interval(value)
+
+
 def pruning_card(
   name: str, claim: claims.Pruning, result: Mapping[str, Any]
 ) -> str:
   """What came out of pruning as a page of Markdown."""
   metrics, about = list(claim.metrics), result["about"]
-  shown = lambda v: f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
   hashes = ", ".join(f"{s}: {h}" for s, h in about["calibration"].items())
   head = lambda first: [
     f"| {first} | " + " | ".join(metrics) + " |",
@@ -293,14 +302,14 @@ def pruning_card(
   for effect in result["effects"]:
     pair = f"{effect['better']}, {effect['worse']}"
     pair += f": {effect['structure']} {effect['sparsity']:.0%}"
-    cells = [f"{effect[m]['verdict']}: {shown(effect[m])}" for m in metrics]
+    cells = [f"{effect[m]['verdict']}: {_interval(effect[m])}" for m in metrics]
     pair = pair if effect["claimed"] else f"({pair})"
     lines.append(f"| {pair} | " + " | ".join(cells) + " |")
   dense = [f"{result['dense'].get(m, 0.0):.4f}" for m in metrics]
   lines += ["", *head("method"), "| dense | " + " | ".join(dense) + " |"]
   for (method, structure, sparsity), rows in prune.grouped(result).items():
     found = [intervals.of_mean([row[m] for row in rows]) for m in metrics]
-    cells = [shown(dataclasses.asdict(interval)) for interval in found]
+    cells = [_interval(dataclasses.asdict(interval)) for interval in found]
     at = f"{method}: {structure} {sparsity:.0%}"
     lines.append(f"| {at} | " + " | ".join(cells) + " |")
   lines += [
@@ -309,12 +318,6 @@ def pruning_card(
     "",
   ]
   return "\n".join(lines)
-
-
-def _shown(value: Mapping[str, float]) -> str:
-  if value["low"] == value["high"]:  # what all seeds have
-    return f"{value['mean']:,.10g}"
-  return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
@@ -411,8 +414,8 @@ def main(argv):
     seeds = range(flags.FLAGS.seeds or (5 if pruning else 10))
     run_it, page = (test_pruning, pruning_card) if pruning else (test, card)
     result = run_it(claim, seeds, workdir, progress)
-    workdirs.write(cards / f"{name}.json", json.dumps(result, indent=2))
-    workdirs.write(cards / f"{name}.md", page(name, claim, result))
+    files.write(cards / f"{name}.json", json.dumps(result, indent=2))
+    files.write(cards / f"{name}.md", page(name, claim, result))
     print(f"{name}: {result['verdict']} ({cards / name}.md)")
 
 

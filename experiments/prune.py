@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from experiments import files
 from experiments import intervals
 from experiments.models import bert
 from experiments.models import pretrained
@@ -515,9 +516,7 @@ def write(found: dict[str, Any], workdir: str | pathlib.Path) -> None:
   print(table(found))
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  partial = workdir / "prune.json.partial"
-  partial.write_text(json.dumps(found, indent=2) + "\n")
-  partial.replace(workdir / "prune.json")
+  files.write(workdir / "prune.json", json.dumps(found, indent=2) + "\n")
   draw(found, workdir / "prune.png")
   print(f"The table is in {workdir / 'prune.json'}, a picture in prune.png.")
 

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from experiments import experiment
+from experiments import files
 from experiments import flops
 from experiments import workdir as workdirs
 
@@ -58,7 +59,7 @@ def write(
     met, _ = flops.weights(parts, state, edges)
     values["active_parameters"] = parameters - size + met
   text = json.dumps(values, indent=2)
-  workdirs.write(workdir / "summary.json", text)
+  files.write(workdir / "summary.json", text)
 
 
 def read(workdir: str | pathlib.Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import json
-import os
 import pathlib
 from typing import Any
 import zlib
@@ -14,12 +13,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 import tensorboardX
 
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Replaces a file at once: a kill leaves the old one or the new one."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)
+from experiments import files
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "config") -> dict[str, Any]:
@@ -54,7 +48,7 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         "config.json, so they are not of this run; give another directory."
       )
     workdir.mkdir(parents=True, exist_ok=True)
-    write(path, text)
+    files.write(path, text)
     return
   try:
     kept, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))
@@ -77,7 +71,7 @@ class Metrics:
     """Drops what was written beyond step `after`, to be made again."""
     path = workdir / "metrics.jsonl"
     kept = [line for line in read_metrics(workdir) if line["step"] <= after]
-    write(path, "".join(json.dumps(line) + "\n" for line in kept))
+    files.write(path, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = path.open("a")
     self._events = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=after + 1

@@ -19,7 +19,6 @@ import pathlib
 import re
 import shutil
 from typing import Any, NamedTuple
-import uuid
 
 from flax import nnx
 import jax
@@ -28,6 +27,7 @@ import numpy as np
 import safetensors
 import tokenizers
 
+from experiments import files
 from experiments.models import bert
 from experiments.models import checkpoints
 from experiments.models import llama
@@ -153,18 +153,13 @@ def save(
     else:
       x = np.asarray(params[path])
       tensors[called] = x.T if checkpoints.is_transposed(path) else x
-  partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.partial")
-  try:
-    partial.mkdir(parents=True)
+  with files.new_directory(directory) as partial:
     _copy_companions(origin, partial)
     _set_dtype(partial / "config.json", {x.dtype.name for x in params.values()})
     storage.write(partial / _WEIGHTS, tensors, {"format": "pt"})
     for file in filter(pathlib.Path.is_file, partial.rglob("*")):
       with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-    partial.rename(directory)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def encode(

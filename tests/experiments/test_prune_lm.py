@@ -9,6 +9,7 @@ import pytest
 
 from configs import text_small
 from experiments import experiment
+from experiments import files
 from experiments import prune
 from experiments import prune_lm
 from experiments import workdir as workdirs
@@ -40,7 +41,7 @@ def trained(tmp_path_factory):
   with workdirs.Checkpoints(run) as checkpoints:
     checkpoints.save(6, state, parts.task.train_iterator(0))
   loss = parts.evaluate(*state)["loss"]
-  workdirs.write(run / "summary.json", json.dumps({"validation_loss": loss}))
+  files.write(run / "summary.json", json.dumps({"validation_loss": loss}))
   return run, loss
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from configs import digits_rigl
 from experiments import experiment
+from experiments import files
 from experiments import summaries
 from experiments import training
 from experiments import workdir as workdirs
@@ -133,7 +134,7 @@ def unfinished(finished, tmp_path):
 def test_a_foreign_checkpoint_is_refused(finished, tmp_path):
   workdir = unfinished(finished, tmp_path)
   config = tiny(**{"model.width": 32})
-  workdirs.write(workdir / "config.json", config.to_json())
+  files.write(workdir / "config.json", config.to_json())
   before = contents(workdir)
   message = (
     r"checkpoints/12 is not a checkpoint .* delete it to go on from step 8"
