@@ -4,14 +4,14 @@ from sparsejax.attention import choices
 from sparsejax.attention import formats
 from sparsejax.attention import patterns
 from sparsejax.attention import scores
+from sparsejax.attention.compressed import largest_window
+from sparsejax.attention.compressed import window_importance
 from sparsejax.attention.functional import as_attention_fn
 from sparsejax.attention.infllm import infllm
 from sparsejax.attention.infllm import infllm_select
-from sparsejax.attention.infllm import largest_window
 from sparsejax.attention.moba import moba
 from sparsejax.attention.moba import moba_select
 from sparsejax.attention.nsa import Compressor
 from sparsejax.attention.nsa import NSA
 from sparsejax.attention.nsa import nsa
 from sparsejax.attention.nsa import nsa_select
-from sparsejax.attention.nsa import window_importance

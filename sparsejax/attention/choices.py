@@ -310,12 +310,13 @@ def blocks_of_mask(lists: Array, block: int) -> tuple[Array, int]:
   return lists.reshape(*lists.shape[:-2], -1), block_kv
 
 
-def check_counts(**counts: int) -> None:
-  """ValueError for a setting that is no integer of at least 0."""
-  for name, value in counts.items():
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+def check_integers(least: int, **settings: int) -> None:
+  """ValueError for a setting that is no integer of at least `least`."""
+  for name, value in settings.items():
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least:
       raise ValueError(
-        f"{name} is {value!r}; it must be an integer of at least 0."
+        f"{name} is {value!r}; it must be an integer of at least {least}."
       )
 
 

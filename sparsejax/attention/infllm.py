@@ -1,48 +1,14 @@
 """InfLLM-V2: blocks that windows of keys point to, without parameters."""
 
 import jax
-from jax import lax
-import jax.numpy as jnp
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from sparsejax.attention import choices
+from sparsejax.attention import compressed
 from sparsejax.attention import scores
-from sparsejax.attention.nsa import causal_mask
-from sparsejax.attention.nsa import mask_of_groups
-from sparsejax.attention.nsa import read_windows
 
 Array = jax.Array
-
-
-def largest_window(
-  p: Array, blocks: int, *, length: int, stride: int, block: int
-) -> Array:
-  """The largest score among the windows that share a token with a block.
-
-  Args:
-    p: f32 [..., C], of windows, at least 0; see `scores.windows`.
-    blocks: how many blocks there are.
-    length: tokens of a window, a multiple of `stride`, at most `block`.
-    stride: tokens from one window's start to the next one's.
-    block: tokens of a block, a multiple of `stride`.
-
-  Returns:
-    f32 [..., blocks], 0 where there is no window.
-
-  Example:
-    >>> p = jnp.array([1.0, 2.0, 5.0, 3.0])
-    >>> largest_window(p, 3, length=4, stride=2, block=4).tolist()
-    [2.0, 5.0, 3.0]
-  """
-  per, wide = block // stride, length // stride
-  p = p[..., : blocks * per]
-  pad = [(0, 0)] * (p.ndim - 1) + [(0, blocks * per - p.shape[-1])]
-  p = jnp.pad(p, pad).reshape(*p.shape[:-1], blocks, per)
-  own = p.max(-1)
-  # Those that begin in the block before and reach into this one.
-  ahead = p[..., per - wide + 1 :].max(-1, initial=0)
-  return own.at[..., 1:].max(ahead[..., :-1])
 
 
 def infllm_select(
@@ -106,12 +72,11 @@ def infllm_select(
   softmax over windows is exact, without the approximation of equation 8. The
   paper's code forces one local block more.
   """
-  choices.check_counts(top_k=top_k)
-  _, chosen = read_windows(
-    lax.stop_gradient(q),
-    scores.window_means(lax.stop_gradient(k), length, stride),
-    None,
-    k.shape[1],
+  choices.check_integers(0, top_k=top_k)
+  return compressed.select(
+    q,
+    k,
+    to_blocks=compressed.largest_window,
     top_n=top_k,
     length=length,
     stride=stride,
@@ -120,10 +85,9 @@ def infllm_select(
     local=local,
     q_positions=q_positions,
     scale=scale,
-    to_blocks=largest_window,
+    block_q=block_q,
+    capacity=capacity,
   )
-  group = scores.group_size(q, k)
-  return mask_of_groups(chosen, k.shape[1], group, block, block_q, capacity)
 
 
 def infllm(
@@ -183,11 +147,13 @@ def infllm(
   Source: infllm-v2, InfLLM-V2: Dense-Sparse Switchable Attention for Seamless
   Short-to-Long Adaptation.
   """
-  choices.check_counts(dense_length=dense_length)
+  choices.check_integers(0, dense_length=dense_length)
   scores.group_size(q, k)
   if k.shape[1] <= dense_length:
     size = choices.size_in_mask(block)
-    mask = causal_mask(q, k.shape[1], None, size, block_q, q_positions)
+    mask = compressed.causal_mask(
+      q, k.shape[1], None, size, block_q, q_positions
+    )
   else:
     mask = infllm_select(
       q,

@@ -62,7 +62,7 @@ def moba_select(
   """
   scores.group_size(q, k)
   positions = scores.positions(q_positions, q.shape[1])
-  choices.check_counts(top_k=top_k)
+  choices.check_integers(0, top_k=top_k)
   choices.size_in_mask(block)
   centers = jax.lax.stop_gradient(scores.pooled(k, block))
   blocks = centers.shape[1]

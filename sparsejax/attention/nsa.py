@@ -4,160 +4,15 @@ from collections.abc import Sequence
 
 from flax import nnx
 import jax
-from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels import rules
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from sparsejax.attention import choices
-from sparsejax.attention import formats
+from sparsejax.attention import compressed as compressed_lib
 from sparsejax.attention import scores
 
 Array = jax.Array
-
-LOWEST = -1e30  # of logits; -inf less -inf would be NaN
-
-
-def window_importance(
-  p: Array, blocks: int, *, length: int, stride: int, block: int
-) -> Array:
-  """What windows' probabilities make of blocks.
-
-  A window counts in each block that it shares tokens with, once for every
-  `stride` of them.
-
-  Args:
-    p: f32 [..., C], of windows; see `scores.windows`.
-    blocks: how many blocks there are.
-    length: tokens of a window, a multiple of `stride`, at most `block`.
-    stride: tokens from one window's start to the next one's.
-    block: tokens of a block, a multiple of `stride`.
-
-  Returns:
-    f32 [..., blocks].
-
-  Raises:
-    ValueError: for a length, stride and block that do not fit each other.
-
-  Example:
-    >>> p = jnp.array([1.0, 10.0, 100.0])
-    >>> window_importance(p, 2, length=2, stride=1, block=2).tolist()
-    [12.0, 210.0]
-
-  Source: nsa, Native Sparse Attention: Hardware-Aligned and Natively Trainable
-  Sparse Attention, equation 9, its indices counted from 0.
-  """
-  _check_sizes(length, stride, block)
-  per, wide = block // stride, length // stride
-  p = p[..., : blocks * per]
-  pad = [(0, 0)] * (p.ndim - 1) + [(0, blocks * per - p.shape[-1])]
-  p = jnp.pad(p, pad).reshape(*p.shape[:-1], blocks, per)
-  # Strides that a window has in the block in which it begins, and in the next.
-  inside = np.minimum(per - np.arange(per), wide)
-  own = (p * inside.astype(np.float32)).sum(-1)
-  ahead = (p * (wide - inside).astype(np.float32)).sum(-1)
-  return own.at[..., 1:].add(ahead[..., :-1])
-
-
-def _check_sizes(length, stride, block):
-  for name, value in dict(length=length, stride=stride, block=block).items():
-    if not isinstance(value, int) or value < 1:
-      raise ValueError(f"{name} is {value!r}; it must be a positive integer.")
-  if length % stride or block % stride or length > block:
-    raise ValueError(
-      f"length is {length}, stride {stride} and block {block}; stride must "
-      "divide the others, and length be at most block."
-    )
-
-
-def read_windows(
-  q,
-  k_cmp,
-  v_cmp,
-  kv_len,
-  *,
-  top_n,
-  length,
-  stride,
-  block,
-  initial,
-  local,
-  q_positions,
-  scale,
-  to_blocks=window_importance,
-):
-  """The compressed branch and, from its probabilities, the selected blocks.
-
-  Without `v_cmp` only the latter. Queries are taken some at a time, so that the
-  probabilities of all of them are never there at once. `to_blocks` makes
-  scores of blocks of them.
-
-  Returns:
-    out [B, S, H, D] or None, and chosen int32 [B, S, Hkv, K], -1 for none.
-  """
-  _check_sizes(length, stride, block)
-  choices.check_counts(top_n=top_n, initial=initial, local=local)
-  choices.size_in_mask(block)
-  group = scores.group_size(q, k_cmp)
-  count = scores.window_count(kv_len, length, stride)
-  if k_cmp.shape[1] != count:
-    raise ValueError(
-      f"compressed keys have shape {list(k_cmp.shape)}; {kv_len} keys have "
-      f"{count} windows of {length} every {stride}."
-    )
-  positions = scores.positions(q_positions, q.shape[1])
-  scale = q.shape[3] ** -0.5 if scale is None else scale
-  blocks = -(-kv_len // block)
-  ends = jnp.arange(count) * stride + length - 1
-
-  def some(arrays):
-    q, at = arrays
-    logits = scores.products(q, k_cmp, scale)
-    seen = (ends <= at[..., None])[:, None]
-    logits = jnp.where(seen, logits, LOWEST)
-    most = logits.max(-1, keepdims=True, initial=LOWEST)
-    p = jnp.where(seen, jnp.exp(logits - lax.stop_gradient(most)), 0)
-    total = p.sum(-1, keepdims=True)
-    p /= jnp.where(total > 0, total, 1)
-    importance = to_blocks(
-      choices.per_group(lax.stop_gradient(p), group),
-      blocks,
-      length=length,
-      stride=stride,
-      block=block,
-    )
-    own = (at // block)[:, None]
-    chosen = choices.top_k_lists(
-      importance,
-      top_n,
-      candidates=jnp.arange(blocks) <= own[..., None],
-      forced=choices.near(own, blocks, first=initial, local=local),
-      most_forced=initial + local,
-    )
-    chosen = jnp.swapaxes(chosen, 1, 2)
-    if v_cmp is None:
-      return None, chosen
-    b, h, n, _ = p.shape
-    p = p.reshape(b, h // group, group, n, count)
-    out = jnp.einsum("bgrnm,bmgd->bngrd", p, v_cmp.astype(jnp.float32))
-    return out.reshape(b, n, h, v_cmp.shape[3]).astype(q.dtype), chosen
-
-  at = jnp.broadcast_to(positions, q.shape[:2])
-  return scores.in_chunks(some, (q, at), q.shape[0] * q.shape[2] * count)
-
-
-def mask_of_groups(chosen, kv_len, group, block, block_q, capacity):
-  chosen, block_kv = choices.blocks_of_mask(chosen, block)
-  return formats.from_nsa(
-    chosen,
-    block_q=block_q,
-    block_kv=block_kv,
-    kv_len=kv_len,
-    group=group,
-    capacity=capacity,
-  )
 
 
 def nsa_select(
@@ -217,13 +72,10 @@ def nsa_select(
   Source: nsa, Native Sparse Attention: Hardware-Aligned and Natively Trainable
   Sparse Attention, equations 8 to 12.
   """
-  if k_compressed is None:
-    k_compressed = scores.window_means(k, length, stride)
-  _, chosen = read_windows(
-    lax.stop_gradient(q),
-    lax.stop_gradient(k_compressed),
-    None,
-    k.shape[1],
+  return compressed_lib.select(
+    q,
+    k,
+    k_compressed,
     top_n=top_n,
     length=length,
     stride=stride,
@@ -232,42 +84,8 @@ def nsa_select(
     local=local,
     q_positions=q_positions,
     scale=scale,
-  )
-  group = scores.group_size(q, k)
-  return mask_of_groups(chosen, k.shape[1], group, block, block_q, capacity)
-
-
-def causal_mask(q, kv_len, window, block_kv, block_q, q_positions):
-  """A mask of the last `window` keys up to each query; None is all of them."""
-  queries = q.shape[1]
-  tiles, blocks = -(-queries // block_q), -(-kv_len // block_kv)
-  if q_positions is None:
-    low = np.arange(tiles) * block_q
-    high = np.minimum(low + block_q, queries) - 1
-  else:
-    at = scores.positions(q_positions, queries)
-    pad = ((0, 0), (0, tiles * block_q - queries))
-    at = jnp.pad(at, pad, mode="edge").reshape(len(at), 1, tiles, block_q)
-    low, high = at.min(-1), at.max(-1)
-  rule = rules.Causal()
-  if window is None:
-    low *= 0
-  else:
-    rule &= rules.Window(window - 1)
-    low = (low - window + 1).clip(0) // block_kv
-  high = high // block_kv
-  # Positions that are given may be any: those of a tile may lie far apart.
-  width = blocks
-  if q_positions is None:
-    width = min(int((high - low).max(initial=0)) + 1, blocks)
-  listed = low[..., None] + np.arange(width, dtype=np.int32)
-  listed = jnp.where(listed <= high[..., None], listed, -1)
-  return BlockMask(
-    listed.reshape((1,) * (4 - listed.ndim) + listed.shape),
     block_q=block_q,
-    block_kv=block_kv,
-    kv_blocks=blocks,
-    rule=rule,
+    capacity=capacity,
   )
 
 
@@ -343,11 +161,10 @@ def nsa(
       f"gates has shape {list(gates.shape)}; with q {list(q.shape)} it must be "
       f"{[*q.shape[:3], 3]}."
     )
-  if not isinstance(window, int) or window < 1:
-    raise ValueError(f"window is {window!r}; it must be a positive integer.")
+  choices.check_integers(1, window=window)
   if compressed is None:
     compressed = [scores.window_means(x, length, stride) for x in (k, v)]
-  first, chosen = read_windows(
+  first, chosen = compressed_lib.read_windows(
     q,
     *compressed,
     k.shape[1],
@@ -361,9 +178,11 @@ def nsa(
     scale=scale,
   )
   group = scores.group_size(q, k)
-  mask = mask_of_groups(chosen, k.shape[1], group, block, block_q, capacity)
+  mask = compressed_lib.mask_of_groups(
+    chosen, k.shape[1], group, block, block_q, capacity
+  )
   k_near, v_near = (k, v) if sliding is None else sliding
-  near = causal_mask(
+  near = compressed_lib.causal_mask(
     q, k_near.shape[1], window, mask.block_kv, block_q, q_positions
   )
   options = dict(scale=scale, q_positions=q_positions, backend=backend)

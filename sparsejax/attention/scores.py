@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparsejax.attention import choices
+
 Array = jax.Array
 
 CHUNK = 2**22  # scores that `in_chunks` lets a function hold at a time
@@ -38,7 +40,7 @@ def pooled(x: Array, block: int, how: str = "mean") -> Array:
   neutral = {"mean": 0.0, "max": -jnp.inf, "min": jnp.inf}
   if how not in neutral:
     raise ValueError(f"how is {how!r}; it must be one of {[*neutral]}.")
-  _at_least("block", block, 1)
+  choices.check_integers(1, block=block)
   b, t, h, d = x.shape
   short = -t % block
   x = jnp.pad(
@@ -103,8 +105,7 @@ def window_count(tokens: int, length: int, stride: int) -> int:
   >>> window_count(100, 32, 16), window_count(31, 32, 16)
   (5, 0)
   """
-  _at_least("length", length, 1)
-  _at_least("stride", stride, 1)
+  choices.check_integers(1, length=length, stride=stride)
   return max((tokens - length) // stride + 1, 0)
 
 
@@ -203,11 +204,3 @@ def in_chunks(
 
   found = lax.map(jax.checkpoint(f), jax.tree.map(split, arrays))
   return jax.tree.map(join, found)
-
-
-def _at_least(name, value, least):
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  if not whole or value < least:
-    raise ValueError(
-      f"{name} is {value!r}; it must be an integer of at least {least}."
-    )
