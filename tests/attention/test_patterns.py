@@ -14,6 +14,7 @@ from pallas_kernels import aot
 from pallas_kernels import rules
 from sparsejax.attention import formats
 from sparsejax.attention import patterns
+from sparsejax.attention.patterns import listing
 from tests.kernels import problem
 from tests.oracles import patterns as oracle
 
@@ -157,7 +158,7 @@ def classify(rule, *bounds):
 
 @pytest.fixture
 def one_program(monkeypatch):
-  monkeypatch.setattr(patterns, "_classify", classify)
+  monkeypatch.setattr(listing, "_classify", classify)
 
 
 def table_of(mask, queries, keys, q_positions=None):
@@ -277,8 +278,8 @@ def test_rules_that_say_nothing_of_tiles():
   """Blocks are looked into, in chunks."""
   rule = lambda q, k: (q * 7 + k * 3) % 41 == 0
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(patterns, "_PAIRS", 2048)
-    patch.setattr(patterns, "_TILES", 6)
+    patch.setattr(listing, "_PAIRS", 2048)
+    patch.setattr(listing, "_TILES", 6)
     mask = patterns.mask(rule, S, T, block_q=1, block_kv=16)
   want = oracle.table(S, T, rule)
   np.testing.assert_array_equal(table_of(mask, S, T), want)
