@@ -122,9 +122,11 @@ class FeedForward:
         gather=gather,
       )
     else:
-      layer = lambda name: with_bias(
-        y := product(rows, params[name], gather=gather), name, y
-      )
+
+      def layer(name):
+        y = product(rows, params[name], gather=gather)
+        return with_bias(y, name, y)
+
       if "gate" in params:
         hidden = self.activation(layer("gate")) * layer("up")
       else:
