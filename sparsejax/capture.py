@@ -1,4 +1,4 @@
-"""What the layers of a model read: their inputs, as a pure function.
+"""What the parts of a model read and return, as a pure function.
 
 A layer is whatever multiplies its input by a `kernel`: `nnx.Linear` and
 `nnx.LinearGeneral`, Linen's `Dense` and `DenseGeneral`. A layer goes by its
@@ -6,12 +6,18 @@ kernel's name, as in `masks`.
 
   outputs, xs = capture.inputs(lambda model, x: model(x), model, x)  # NNX
   outputs, xs = capture.inputs(module.apply, variables, x)  # Linen
+
+A module goes by its path, such as "blocks/2", and may be any that is called:
+
+  outputs, ys = capture.outputs(run, model, x)
+  outputs = capture.splice(run, model, {"blocks/2": lambda y: 0 * y}, x)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import math
+import types
 from typing import Any
 
 from flax import linen
@@ -124,6 +130,144 @@ def _interceptor(record):
     return call(*args, **kwargs)
 
   return intercept
+
+
+def outputs(
+  call: Callable[..., Any], model: Any, *args: Any, where: Where = None
+) -> tuple[Any, dict[str, Any]]:
+  """What `call(model, *args)` returns, and what each module in it returned.
+
+  As `inputs`, and with the same limits: a module inside of a transformation
+  over layers cannot be seen. A module is seen where it is called, not where
+  another method of it is, and one that lies at several paths goes by the first.
+
+  Args:
+    call: function of the model and `args`; see `inputs`.
+    model: an `nnx.Module`, or the variables of a Linen module.
+    *args: whatever `call` takes besides.
+    where: which modules, by their path, that of the model being ""; default
+      all.
+
+  Returns:
+    The outputs of the call, and by path what the module returned. Of a module
+    that was called several times that is a list, an entry for each call.
+
+  Raises:
+    ValueError: no module was called.
+
+  Example:
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.tanh)
+    >>> run = lambda model, x: model(x)
+    >>> _, found = outputs(run, model, jnp.ones((4, 2)))
+    >>> {path: y.shape for path, y in found.items()}
+    {'layers/0': (4, 3), '': (4, 3)}
+  """
+  found: dict[str, list[Any]] = {}
+
+  def record(path, y):
+    if where is None or where(path):
+      found.setdefault(path, []).append(y)
+    return y
+
+  result = _through(call, model, args, record)
+  if not found:
+    raise ValueError(
+      "where must choose a module that the call runs, got none for a "
+      f"{type(model).__name__}"
+    )
+  return result, {p: ys[0] if len(ys) == 1 else ys for p, ys in found.items()}
+
+
+def splice(
+  call: Callable[..., Any],
+  model: Any,
+  changes: Mapping[str, Callable[[Any], Any]],
+  *args: Any,
+) -> Any:
+  """`call(model, *args)`, with functions put behind some of its modules.
+
+  Nothing of `model` changes, and gradients pass through the functions. Where
+  one of `splice` and `outputs` calls another, the outer one sees what the inner
+  one makes.
+
+  Args:
+    call: function of the model and `args`; see `inputs`.
+    model: an `nnx.Module`, or the variables of a Linen module.
+    changes: by a module's path, as `outputs` names it, a function of what the
+      module returned that gives what takes its place. It goes through every
+      call of the module.
+    *args: whatever `call` takes besides.
+
+  Returns:
+    The outputs of the call.
+
+  Raises:
+    ValueError: a path at which the call runs no module.
+
+  Example:
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.tanh)
+    >>> run = lambda model, x: model(x)
+    >>> ablated = {"layers/0": jnp.zeros_like}
+    >>> splice(run, model, ablated, jnp.ones((1, 2))).tolist()
+    [[0.0, 0.0, 0.0]]
+  """
+  ran = {}  # in the order of the calls
+
+  def change(path, y):
+    ran[path] = None
+    return changes[path](y) if path in changes else y
+
+  result = _through(call, model, args, change)
+  if unknown := [path for path in changes if path not in ran]:
+    raise ValueError(
+      f"changes must name modules that the call runs, {[*ran]}, got {unknown}"
+    )
+  return result
+
+
+def _through(call, model, args, change):
+  """The call, in which change(path, y) takes the place of each module's y."""
+  if isinstance(model, nnx.Module):
+    model = nnx.clone(model)
+    for path, module in nnx.iter_modules(model):
+      if callable(module):
+        _put_behind(module, functools.partial(change, "/".join(map(str, path))))
+    return call(model, *args)
+
+  def intercept(method, args, kwargs, context):
+    y = method(*args, **kwargs)
+    if context.method_name != "__call__":
+      return y
+    return change("/".join(context.module.path), y)
+
+  with linen.intercept_methods(intercept):
+    return call(model, *args)
+
+
+def _put_behind(module, change):
+  """Makes an NNX module return change(y) in place of its y."""
+  before = getattr(module, "_behind", None)
+  if before is None:
+    object.__setattr__(module, "__class__", _changed_class(type(module)))
+    module._behind = change
+  else:
+    module._behind = lambda y: before(change(y))
+
+
+# NNX keeps every class that there ever was: one for each is enough.
+@functools.cache
+def _changed_class(cls):
+  """A subclass: Python looks for `__call__` in the class alone."""
+
+  def __call__(self, *args, **kwargs):
+    return self._behind(cls.__call__(self, *args, **kwargs))
+
+  return types.new_class(
+    cls.__name__,
+    (cls,),
+    {"pytree": cls._pytree__is_pytree},
+    lambda body: body.update(__call__=__call__),
+  )
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""What layers read, and its moments."""
+"""What layers read, its moments, and what modules return."""
 
 import contextlib
 import functools
@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
+from experiments.models import bert
 from sparsejax import capture
 from tests import common
 
@@ -246,6 +247,162 @@ def test_explicit_rows(run, spec):
     )
     assert again.count == 2 * want.count
     np.testing.assert_allclose(again.second, want.second, rtol=1e-5, atol=1e-6)
+
+
+def nnx_model():
+  model = Block(nnx.Rngs(0))
+  model.eval()
+  return run, model, "twice", "heads"
+
+
+def linen_model():
+  module = Dense()
+  variables = module.init(jax.random.key(0), X)
+  return module.apply, variables, "first", "heads"
+
+
+models = pytest.mark.parametrize(
+  "make", [nnx_model, linen_model], ids=["nnx", "linen"]
+)
+
+
+def jit(f, call, model, *static):
+  """f of this model as a function of its arrays and of x."""
+  if not isinstance(model, nnx.Module):
+    return jax.jit(lambda v, x: f(call, v, *static, x)), model
+  rebuild, state = nnx.split(model)
+  return jax.jit(lambda s, x: f(call, nnx.merge(rebuild, s), *static, x)), state
+
+
+@models
+def test_outputs_of_modules(make):
+  call, model, first, heads = make()
+  read, arrays = jit(capture.outputs, call, model)
+  result, found = read(arrays, X)
+  np.testing.assert_allclose(result, call(model, X), rtol=1e-6)
+  assert {first, heads, ""} <= set(found)
+  np.testing.assert_array_equal(found[""], result)
+  np.testing.assert_array_equal(found[heads], result)
+  ys = found[first]
+  if make is nnx_model:  # it runs twice
+    assert len(ys) == 2
+    np.testing.assert_allclose(ys[0], model.twice(X), rtol=1e-6)
+    np.testing.assert_allclose(
+      ys[1], model.twice(jnp.tanh(model.twice(X))), rtol=1e-5
+    )
+    assert type(model.twice) is nnx.Linear
+    assert not hasattr(model.twice, "_behind")
+  else:
+    first = model["params"]["first"]
+    want = X @ first["kernel"] + first["bias"]
+    np.testing.assert_allclose(ys, want, rtol=1e-5, atol=1e-6)
+  _, some = capture.outputs(call, model, X, where=lambda path: path == heads)
+  assert set(some) == {heads}
+
+
+@models
+def test_splice(make):
+  call, model, first, heads = make()
+  want = call(model, X)
+  same = capture.splice(call, model, {first: lambda y: y, heads: jnp.copy}, X)
+  np.testing.assert_array_equal(same, want)
+  np.testing.assert_array_equal(capture.splice(call, model, {}, X), want)
+  changes = {first: jnp.zeros_like, heads: lambda y: y + 1}
+  change, arrays = jit(capture.splice, call, model, changes)
+  zeros = call(model, 0 * X)  # with biases of zero
+  np.testing.assert_allclose(change(arrays, X), zeros + 1, rtol=1e-6)
+  np.testing.assert_array_equal(call(model, X), want)
+  change(arrays, X + 1)
+  assert change._cache_size() == 1
+
+
+@models
+def test_gradients_pass_through_what_is_spliced(make):
+  call, model, _, heads = make()
+
+  def loss(amount, x):
+    steer = {heads: lambda y: y + amount * jnp.arange(3.0)}
+    return capture.splice(call, model, steer, x).sum()
+
+  by_amount, by_x = jax.jit(jax.grad(loss, (0, 1)))(0.5, X)
+  assert by_amount == 3 * X.size / 4
+  want = jax.grad(lambda x: call(model, x).sum())(X)
+  np.testing.assert_allclose(by_x, want, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_the_parameters_of_a_spliced_model():
+  model = nnx.Sequential(
+    *(nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(i)) for i in range(2))
+  )
+  loss = lambda model: capture.splice(
+    run, model, {"layers/0": lambda y: 2 * y}, X
+  ).sum()
+  got = nnx.grad(loss)(model)
+  plain = nnx.grad(lambda model: run(model, X).sum())(model)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-5),
+    nnx.to_pure_dict(got),
+    nnx.to_pure_dict(plain),
+  )
+  # A call that is compiled itself changes, too.
+  inner = nnx.jit(run)
+  np.testing.assert_allclose(
+    capture.splice(inner, model, {"layers/1": lambda y: y + 1}, X),
+    run(model, X) + 1,
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+@models
+def test_the_outer_one_sees_what_the_inner_one_makes(make):
+  call, model, first, heads = make()
+  zero, one = {first: jnp.zeros_like}, {first: lambda y: y + 1}
+  change = functools.partial(spliced, call, zero)
+  result, found = capture.outputs(change, model, X)
+  assert not np.any(jax.tree.leaves(found[first]))
+  np.testing.assert_array_equal(found[heads], result)
+  read = functools.partial(capture.outputs, call)
+  again, found = capture.splice(read, model, zero, X)
+  assert np.any(jax.tree.leaves(found[first]))
+  np.testing.assert_array_equal(again, result)
+  both = capture.splice(change, model, one, X)
+  ones = capture.splice(call, model, {first: jnp.ones_like}, X)
+  np.testing.assert_allclose(both, ones, rtol=1e-6)
+
+
+def spliced(call, changes, model, x):
+  return capture.splice(call, model, changes, x)
+
+
+def test_the_residual_stream_of_an_encoder():
+  config = bert.Config(
+    vocab_size=9,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=8,
+  )
+  model = bert.Bert(config, rngs=nnx.Rngs(0))
+  tokens = jnp.arange(6).reshape(2, 3)
+  _, found = capture.outputs(
+    run, model, tokens, where=lambda path: path.startswith("blocks/0")
+  )
+  assert "blocks/0/attention" in found and "blocks/1" not in found
+  stream = found["blocks/0"]
+  np.testing.assert_array_equal(
+    capture.splice(run, model, {"blocks/0": lambda y: stream}, tokens * 0),
+    model(tokens),
+  )
+
+
+@models
+def test_modules_that_are_not_there(make):
+  call, model, first, heads = make()
+  with pytest.raises(ValueError, match=rf"{first}.*{heads}.*got \['none'\]"):
+    capture.splice(call, model, {heads: jnp.copy, "none": jnp.copy}, X)
+  with pytest.raises(ValueError, match="where must choose a module"):
+    capture.outputs(call, model, X, where=lambda path: False)
 
 
 def test_errors():
