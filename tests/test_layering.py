@@ -29,7 +29,7 @@ IMPORTED_AS = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
 # Drawing and files are optional: they are imported where they are asked for.
 ALSO_ALLOWED = {
   "sparsejax.plots": {"matplotlib"},
-  "sparsejax.weights.storage": {"safetensors"},
+  "sparsejax.tensor_files": {"safetensors"},
 }
 
 

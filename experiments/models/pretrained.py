@@ -32,7 +32,7 @@ from experiments.models import bert
 from experiments.models import checkpoints
 from experiments.models import llama
 from sparsejax import paths
-from sparsejax.weights import storage
+from sparsejax import tensor_files
 
 # By the model_type of a config.json.
 MODEL_TYPES = {
@@ -156,7 +156,7 @@ def save(
   with files.new_directory(directory) as partial:
     _copy_companions(origin, partial)
     _set_dtype(partial / "config.json", {x.dtype.name for x in params.values()})
-    storage.write(partial / _WEIGHTS, tensors, {"format": "pt"})
+    tensor_files.write(partial / _WEIGHTS, tensors, {"format": "pt"})
     for file in filter(pathlib.Path.is_file, partial.rglob("*")):
       with file.open("rb+") as opened:
         os.fsync(opened.fileno())

@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 from typing import Any, NamedTuple
-import uuid
 import zlib
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 
 from sparsejax import costs
 from sparsejax import paths
+from sparsejax import tensor_files
 from sparsejax.weights import packing
 
 PyTree = Any
@@ -262,7 +262,7 @@ def save(
     >>> found["w"].tolist(), found["b"].tolist(), found_masks["w"].tolist()
     ([[1.0, 0.0], [0.0, 2.0]], [1.0, 1.0], [[True, False], [False, True]])
   """
-  _safetensors()  # before anything is made
+  tensor_files.package()  # before anything is made
   entries = _packed(params, masks, formats)
   tensors, about = {}, {}
   for name, (packed, _, masked) in entries.items():
@@ -270,37 +270,8 @@ def save(
     about[name] = packed.description | {"masked": masked, "crc32": checks}
     tensors |= {f"{name}.{n}": x for n, x in packed.arrays.items()}
   metadata = {_KEY: json.dumps({"version": _VERSION, "params": about})}
-  write(pathlib.Path(path), tensors, metadata)
+  tensor_files.write(pathlib.Path(path), tensors, metadata)
   return _report(entries)
-
-
-def write(
-  path: pathlib.Path,
-  tensors: Mapping[str, np.ndarray],
-  metadata: Mapping[str, str],
-) -> None:
-  """Writes a safetensors file beside its place, and moves it there.
-
-  Raises:
-    OSError: it cannot be written; what was there stays.
-  """
-  safetensors = _safetensors()
-  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-  try:
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors' own files are the user's alone
-    try:
-      # It takes no array that is not in row-major order, and does not say so.
-      tensors = {name: packing.host(x) for name, x in tensors.items()}
-      safetensors.numpy.save_file(tensors, partial, dict(metadata))
-    except safetensors.SafetensorError as error:
-      raise OSError(f"{path} cannot be written: {error}") from error
-    partial.chmod(mode)
-    with partial.open("rb+") as file:
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def load(
@@ -354,17 +325,7 @@ def load(
 
 def _read(path):
   """The descriptions by parameter, and the arrays, of a file."""
-  if not path.is_file():
-    raise ValueError(f"{path} is missing, or no file")
-  safetensors = _safetensors()
-  try:
-    with safetensors.safe_open(path, "numpy") as file:
-      metadata = file.metadata() or {}
-      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"{path} is truncated, damaged or no safetensors file: {error}"
-    ) from error
+  metadata, tensors = tensor_files.read(path)
   if _KEY not in metadata:
     raise ValueError(f"{path} was not written by sparsejax.weights.save")
   try:
@@ -381,14 +342,3 @@ def _read(path):
 
 def _checksum(x: np.ndarray) -> int:
   return zlib.crc32(x.reshape(-1).view(np.uint8))
-
-
-def _safetensors():
-  try:
-    import safetensors
-    import safetensors.numpy
-  except ImportError as error:
-    raise ValueError(
-      "files of sparse kernels take a package: pip install safetensors"
-    ) from error
-  return safetensors

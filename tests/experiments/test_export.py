@@ -15,8 +15,8 @@ from experiments.models import bert
 from experiments.models import pretrained
 from experiments.tasks import docstrings
 from sparsejax import paths
+from sparsejax import tensor_files
 from sparsejax import weights
-from sparsejax.weights import storage
 
 WORDS = ("gives", "the", "of", "x", "and", "nothing", "than", "mean", "sum")
 SETTINGS = {
@@ -48,7 +48,7 @@ def source(tmp_path_factory):
     shape = x.shape[::-1] if path.endswith("kernel") else x.shape
     values = rng.standard_normal(shape).astype(np.float32)
     tensors[bert.Bert.NAMES.tensor(path)] = values
-  storage.write(directory / "model.safetensors", tensors, {})
+  tensor_files.write(directory / "model.safetensors", tensors, {})
   texts = [" ".join((WORDS * 3)[i : i + 2 + i // 2]) for i in range(10)]
   pairs = docstrings.Pairs(tuple(texts), tuple(texts), "words")
   with pytest.MonkeyPatch.context() as patch:
