@@ -163,7 +163,7 @@ class Lq(Penalty):
       return u - (u + force - size) / (1 - (1 - q) * force / u)
 
     u = size
-    for _ in range(6):
+    for _ in range(5):  # enough for float64, whatever q is
       u = newton(u)
     # The step from the root has the root's own derivatives.
     u = newton(jax.lax.stop_gradient(u))
