@@ -139,6 +139,8 @@ def tuned(arm, claim, workdir) -> dict[str, Any]:
     arm | dict(zip(claim.grid, values))
     for values in itertools.product(*claim.grid.values())
   ]
+  if len(points) == 1:  # nothing to choose
+    return points[0]
 
   def score(point):
     results = cached(changed(claim.config(), point), TUNING_SEEDS, workdir)
@@ -320,6 +322,15 @@ def pruning_card(
   return "\n".join(lines)
 
 
+def _tuning(claim):
+  if not claim.grid:
+    return "No arm was tuned"
+  return (
+    f"Every arm was tuned over {json.dumps(dict(claim.grid))} on "
+    f"{len(TUNING_SEEDS)} seeds of their own"
+  )
+
+
 def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   """What came out as a page of Markdown."""
   metrics, seeds = claims.metrics(claim), len(result["seeds"])
@@ -329,9 +340,8 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
     f"**The paper says.** {claim.says} ({claim.source}.)",
     "",
     f"**What was run.** {claim.differs}",
-    f"Every arm was tuned over {json.dumps(dict(claim.grid))} on "
-    f"{len(TUNING_SEEDS)} seeds of their own; {seeds} paired seeds "
-    "compare the arms. Brackets are 95% t-intervals.",
+    f"{_tuning(claim)}; {seeds} paired seeds compare the arms. Brackets are "
+    "95% t-intervals.",
     "",
     f"| arm | validation {' | '.join(metrics)} | training FLOPs | tuned |",
     "| --- | " + "--- | " * len(metrics) + "--- | --- |",
