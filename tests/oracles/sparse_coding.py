@@ -209,6 +209,18 @@ def zipf_counts(total, latents, *, exponent, offset, most):
   return counts
 
 
+def group_max(pre, k):
+  """Of each of k groups of neighbors the largest of max(pre, 0) (sparsify).
+
+  >>> group_max([[1.0, 2.0, -1.0, -2.0, 3.0, 3.0]], 3)
+  array([[0., 2., 0., 0., 3., 0.]])
+  """
+  z = relu(pre)
+  size = z.shape[1] // k
+  groups = z.reshape(-1, size)
+  return top_k(groups, 1).reshape(z.shape)
+
+
 def rectangle(u):
   """1 strictly inside (-1/2, 1/2), else 0."""
   return (np.abs(u) < 0.5).astype(np.float64)
@@ -327,10 +339,10 @@ def forward(architecture, weights, x, **settings):
   `weights` has encoder [m, d], encoder_bias, dictionary [m, d_out] and bias
   [d_out]; for "jump_relu" also theta, for "gated" log_scale and
   magnitude_bias, for a skip transcoder skip [d_out, d]. `architecture` is
-  "relu", "top_k" (k), "norm_top_k" (k), "batch_top_k" (k), "at_threshold"
-  (threshold), "jump_relu", "gated", "matching_pursuit" (k) or "ista" (weight,
-  steps); the last two have the dictionary as their encoder and no pre.
-  `transcoder=True`: nothing is taken from x before the encoder.
+  "relu", "top_k" (k), "norm_top_k" (k), "batch_top_k" (k), "group_max" (k),
+  "at_threshold" (threshold), "jump_relu", "gated", "matching_pursuit" (k) or
+  "ista" (weight, steps); the last two have the dictionary as their encoder and
+  no pre. `transcoder=True`: nothing is taken from x before the encoder.
   """
   transcoder = settings.pop("transcoder", False)
   dictionary, bias = weights["dictionary"], weights["bias"]
@@ -357,6 +369,7 @@ def forward(architecture, weights, x, **settings):
         "relu": relu,
         "top_k": top_k,
         "batch_top_k": batch_top_k,
+        "group_max": group_max,
         "at_threshold": at_threshold,
       }
       z = kinds[architecture](pre, **settings)
@@ -437,8 +450,8 @@ def under_used(counts, expected):
   compared with `expected` [m], which falls. Our reading of the paper's tail of
   under-used features; with expected = 1 everywhere these are the dead ones.
 
-  >>> under_used([0, 5, 2, 9], [8, 4, 3, 1])
-  array([ True, False,  True, False])
+  >>> under_used([5, 0, 9, 2], [8, 4, 3, 1])
+  array([False,  True, False,  True])
   """
   out = np.zeros(len(counts), bool)
   for rank, j in enumerate(best(list(counts), len(counts))):
