@@ -39,7 +39,7 @@ import numpy as np
 # --- The smallest value by looking
 
 
-def grid_argmin(function, low, high, points=401, rounds=14):
+def grid_argmin(function, low, high, points=401, rounds=6):
   """A global minimizer in a box: a grid, then ever finer grids about the best.
 
   function takes [n, dims] and gives [n]; low and high are [dims]. The grid has
@@ -76,8 +76,8 @@ def prox_by_search(penalty, v, t, nonnegative=False):
       [penalty(r) for r in u]
     )
 
-  points = 2001 if len(v) == 1 else 101
-  found = grid_argmin(cost, np.zeros_like(top), top, points)
+  points, rounds = (201, 7) if len(v) == 1 else (41, 9)
+  found = grid_argmin(cost, np.zeros_like(top), top, points, rounds)
   found = np.maximum(found, 0.0)
   corners = [
     np.where([(c >> i) & 1 for i in range(len(v))], 0.0, found)
