@@ -132,8 +132,8 @@ class Lq(Penalty):
     ValueError: for a weight that is a negative number, or another q.
 
   Example:
-    >>> Lq(1.0, 0.5).prox(jnp.array([4.0, -1.5]), step=1.0).round(3).tolist()
-    [3.742, 0.0]
+    >>> print(Lq(1.0, 0.5).prox(jnp.array([4.0, -1.5]), step=1.0).round(3))
+    [3.742 0.   ]
 
   Source: prox-lq-v1, Beyond l1 sparse coding in V1.
   """
@@ -187,7 +187,7 @@ class CEL0(Penalty):
     ValueError: for a weight or norm that is a negative number.
 
   Example:
-    >>> CEL0(0.5).prox(jnp.array([0.25, 0.75, -2.0]), step=0.5).tolist()
+    >>> CEL0(0.5).prox(jnp.array([0.25, 0.625, -2.0]), step=0.25).tolist()
     [0.0, 0.5, -2.0]
 
   Source: prox-lq-v1, Beyond l1 sparse coding in V1; the penalty is from A
