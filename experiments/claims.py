@@ -382,10 +382,10 @@ CLAIMS = {
       "each attention is a convolution of 2 tokens: with it dense attention "
       "got to 99% in 350 steps, without it to 6% in 800. The papers train "
       "language models. No sparse arm reads more than the window: on average "
-      "52 keys (window of 72), 34.5 (MoBA and InfLLM-V2: the own block of 16 as "
-      "far as the token, and two more), 51.5 (NSA: means of 4, two blocks of "
-      "16, the last 8), where dense attention reads 64.5. Accuracy is that of the "
-      "last step, chance is 1 in 64."
+      "52 keys (window of 72), 34.5 (MoBA and InfLLM-V2: the own block of 16 "
+      "as far as the token, and two more), 51.5 (NSA: means of 4, two blocks "
+      "of 16, the last 8), where dense attention reads 64.5. Accuracy is that "
+      "of the last step, chance is 1 in 64."
     ),
     arms={
       "dense": {},
