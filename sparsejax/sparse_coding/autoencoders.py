@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -12,32 +11,11 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparsejax.sparse_coding import codes
+from sparsejax.sparse_coding import losses as terms
 from sparsejax.sparse_coding import sparsifiers
 
 Array = jax.Array
 Code = codes.Code | Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-  """What a term of the loss may look at.
-
-  Attributes:
-    autoencoder: the module.
-    target: what is to be reconstructed, [rows, ...].
-    pre: pre-activations [rows, latents]; a function, as not every loss
-      asks for them.
-    code: of the rows.
-    reconstruction: like target.
-    key: None, or a PRNG key.
-  """
-
-  autoencoder: "Autoencoder"
-  target: Array
-  pre: Callable[[], Array]
-  code: Code
-  reconstruction: Array
-  key: Array | None
 
 
 class Autoencoder(nnx.Module):
@@ -56,7 +34,7 @@ class Autoencoder(nnx.Module):
     sparsifier: see `sparsifiers`; default ReLU.
     solver: in its place, such as `functools.partial(omp, k=8)`.
     losses: weights of the terms of the loss, which are functions of a Pass;
-      default the squared error alone.
+      default the squared error alone. See `losses`.
     score: None, or a function of the dictionary and of the gradient that
       `encode` is given, to `scores` for the sparsifier.
     tied: whether the dictionary is the kernel as well.
@@ -91,7 +69,7 @@ class Autoencoder(nnx.Module):
     sparsifier: sparsifiers.Sparsifier | None = None,
     *,
     solver: Callable[[Array, Array], Code] | None = None,
-    losses: Mapping[Callable[[Pass], Array], float] | None = None,
+    losses: Mapping[Callable[[terms.Pass], Array], float] | None = None,
     score: Callable[[Array, Array | None], Callable] | None = None,
     tied: bool = False,
     outputs: int | None = None,
@@ -134,11 +112,12 @@ class Autoencoder(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(to, dtype))
     self.skip = nnx.Param(jnp.zeros((width, to), dtype)) if skip else None
     self.sparsifier, self.solver, self.score = sparsifier, solver, score
-    self.losses = tuple((losses or {squared_error: 1.0}).items())
-    names = [name(term) for term, _ in self.losses]
+    self.losses = tuple((losses or {terms.squared_error: 1.0}).items())
+    names = [terms.name(term) for term, _ in self.losses]
     if len(set(names)) < len(names):
       raise ValueError(f"losses must have names of their own, got {names}")
     self.width, self.latents, self.outputs = width, latents, to
+    self.shapes = (width,), (to,)  # of inputs and of reconstructions
     self.centers = outputs is None
     # Rows since each latent was last active.
     self.idle = sparsifiers.LatentStatistic(jnp.zeros(latents, jnp.int32))
@@ -146,7 +125,7 @@ class Autoencoder(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     """The reconstruction, [..., outputs], of inputs [..., width]."""
-    return self._decoded(self.encode(x), x)
+    return self._shaped(self._made(self.encode(x), x))
 
   def encode(self, x: Array, *, gradient: Array | None = None) -> Code:
     """The code of inputs.
@@ -159,33 +138,54 @@ class Autoencoder(nnx.Module):
       A Code, or dense latents [..., latents].
 
     Raises:
-      ValueError: for inputs of another width.
+      ValueError: for inputs of another width, or a gradient nobody looks at.
     """
     centered = self._centered(x)
-    if self.solver is not None:
-      return self.solver(self.dictionary[...], centered)
+    self._check_gradient(gradient, x)
     scores = None
     if self.score is not None:
+      if gradient is not None:
+        gradient = self._flat(gradient)
       scores = self.score(lax.stop_gradient(self.dictionary[...]), gradient)
-    elif gradient is not None:
-      raise ValueError("gradient goes with a score that looks at it")
-    bias = None if self.encoder_bias is None else self.encoder_bias[...]
-    return self.sparsifier.encode(centered, self._kernel(), bias, scores)
+    if self.solver is not None:
+      return self.solver(self.dictionary[...], centered)
+    return self.sparsifier.encode(centered, *self._encoder(), scores)
+
+  def encode_among(self, x: Array, among: Array, k: int) -> codes.Code:
+    """A Code of the k largest positive pre-activations of some latents.
+
+    Args:
+      x: floating [..., width].
+      among: bool [latents]; where fewer are True the rest of the values are 0.
+      k: of a row, static.
+    """
+    score = lambda pre: jnp.where(among, pre, -jnp.inf)
+    centered, (kernel, bias) = self._centered(x), self._encoder()
+    if bias is None:
+      bias = jnp.zeros(self.latents, kernel.dtype)
+    code = codes.encode_top_k(centered, kernel, bias, k, scores=score)
+    values = jnp.where(among[code.indices], code.values, 0)
+    return dataclasses.replace(code, values=values)
 
   def pre(self, x: Array) -> Array:
     """Pre-activations [..., latents] of inputs [..., width]."""
-    if self.solver is not None:
-      raise ValueError("pre-activations are an encoder's; this has a solver")
-    pre = self._centered(x) @ self._kernel().T
-    return pre if self.encoder_bias is None else pre + self.encoder_bias[...]
+    kernel, bias = self._encoder()
+    pre = self._centered(x) @ kernel.T
+    return pre if bias is None else pre + bias
 
   def decode(self, code: Code) -> Array:
     """[..., outputs] of a Code or of dense latents; without what skips."""
-    return codes.decode(code, self.dictionary[...]) + self.bias[...]
+    return self._shaped(self._atoms(code) + self.bias[...])
+
+  def offset(self, x: Array) -> Array:
+    """What reconstructions have beside atoms: the bias, and what skips."""
+    if self.skip is None:
+      return self.bias[...]
+    return self.bias[...] + self._flat(x) @ self.skip[...]
 
   def norms(self) -> Array:
     """f32 [latents], of the atoms."""
-    return jnp.linalg.norm(self.dictionary[...].astype(jnp.float32), axis=-1)
+    return _norms(self.dictionary[...])
 
   def loss(
     self,
@@ -215,52 +215,82 @@ class Autoencoder(nnx.Module):
     """
     if target is None and not self.centers:
       raise ValueError("target must be given to a transcoder")
-    target = x if target is None else target
-    if target.shape != (*x.shape[:-1], self.outputs):
-      raise ValueError(
-        f"target must be {[*x.shape[:-1], self.outputs]}, got "
-        f"{list(target.shape)}"
-      )
-    x = x.reshape(-1, x.shape[-1])
-    target = target.reshape(-1, self.outputs)
-    if gradient is not None:
-      gradient = gradient.reshape(-1, gradient.shape[-1])
-    unknown = set(weights or {}) - {name(term) for term, _ in self.losses}
+    names = [terms.name(term) for term, _ in self.losses]
+    unknown = sorted(set(weights or {}) - set(names))
     if unknown:
+      raise ValueError(f"weights must name terms of {names}, got {unknown}")
+    self._check_gradient(gradient, x)
+    target = self._flat(x if target is None else target, "target", 1)
+    lead = self._flat(x).shape[:-1]
+    if target.shape[:-1] != lead:
       raise ValueError(
-        f"weights must name terms of {[name(t) for t, _ in self.losses]}, got "
-        f"{sorted(unknown)}"
+        f"target must be {[*lead, *self.shapes[1]]}, got leading axes "
+        f"{list(target.shape[:-1])}"
       )
+    # A row each, whatever the leading axes.
+    target = target.reshape(-1, self.outputs)
+    x, gradient = jax.tree.map(
+      lambda x: x.reshape(-1, *self.shapes[0]), (x, gradient)
+    )
     code = self.encode(x, gradient=gradient)
-    found = Pass(
+    found = terms.Pass(
       autoencoder=self,
+      inputs=x,
       target=target,
-      pre=lambda: self.pre(x),
       code=code,
-      reconstruction=self._decoded(code, x),
+      reconstruction=self._made(code, x),
       key=key,
     )
     total, parts = jnp.zeros(()), {}
-    for term, weight in self.losses:
-      parts[name(term)] = value = term(found).astype(jnp.float32)
-      total += (weights or {}).get(name(term), weight) * value
+    for name, (term, weight) in zip(names, self.losses):
+      parts[name] = value = term(found).astype(jnp.float32)
+      total += (weights or {}).get(name, weight) * value
     if not self.use_running_average:
       self.idle[...] = _idle(self.idle[...], code)
     return total, parts
 
-  def _decoded(self, code, x):
-    y = self.decode(code)
-    return y if self.skip is None else y + x @ self.skip[...]
+  def _atoms(self, code):
+    return codes.decode(code, self.dictionary[...])
+
+  def _made(self, code, x):
+    return self._atoms(code) + self.offset(x)
 
   def _kernel(self):
     return (self.dictionary if self.kernel is None else self.kernel)[...]
 
+  def _encoder(self):
+    if self.solver is not None:
+      raise ValueError("pre-activations are an encoder's; this has a solver")
+    bias = self.encoder_bias
+    return self._kernel(), None if bias is None else bias[...]
+
+  def _check_gradient(self, gradient, x):
+    if gradient is None:
+      return
+    if self.score is None:
+      raise ValueError("gradient goes with a score that looks at it")
+    if gradient.shape != x.shape:
+      raise ValueError(
+        f"gradient must be {list(x.shape)} as x, got {list(gradient.shape)}"
+      )
+
   def _centered(self, x):
-    if not x.ndim or x.shape[-1] != self.width:
-      raise ValueError(f"x must be [..., {self.width}], got {list(x.shape)}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f"x must be floating, got {x.dtype}")
+    x = self._flat(x)
     return x - self.bias[...] if self.centers else x
+
+  def _flat(self, x, name="x", side=0):
+    """[..., width] of inputs, or of outputs where side is 1."""
+    shape = self.shapes[side]
+    lead = x.shape[: max(x.ndim - len(shape), 0)]
+    if x.shape != (*lead, *shape):
+      wanted = ", ".join(map(str, shape))
+      raise ValueError(f"{name} must be [..., {wanted}], got {list(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} must be floating, got {x.dtype}")
+    return x.reshape(*lead, math.prod(shape))
+
+  def _shaped(self, y):
+    return y.reshape(*y.shape[:-1], *self.shapes[1])
 
 
 class Crosscoder(Autoencoder):
@@ -292,42 +322,23 @@ class Crosscoder(Autoencoder):
     **settings,
   ):
     _check_positive(sites=sites, width=width)
+    if settings.get("outputs") is not None:
+      raise ValueError(
+        f"outputs are a crosscoder's own sites, got {settings['outputs']}"
+      )
     super().__init__(sites * width, latents, sparsifier, **settings)
-    self.site = (sites, width)
-
-  def __call__(self, x: Array) -> Array:
-    """The reconstruction, like the inputs [..., sites, width]."""
-    return super().__call__(self._flat(x)).reshape(x.shape)
-
-  def encode(self, x: Array, **given) -> Code:
-    """The code of inputs [..., sites, width]."""
-    return super().encode(self._flat(x), **given)
-
-  def loss(self, x: Array, **given) -> tuple[Array, dict[str, Array]]:
-    """As of an Autoencoder, of inputs [..., sites, width]."""
-    return super().loss(self._flat(x), **given)
+    self.shapes = (sites, width), (sites, width)
 
   def norms(self) -> Array:
     """f32 [latents], the sum of an atom's norms at the sites."""
-    atoms = self.dictionary[...].astype(jnp.float32)
-    atoms = atoms.reshape(len(atoms), *self.site)
-    return jnp.linalg.norm(atoms, axis=-1).sum(-1)
-
-  def _flat(self, x):
-    return x.reshape(*x.shape[:-2], -1) if x.shape[-2:] == self.site else x
+    atoms = self.dictionary[...]
+    return _norms(atoms.reshape(len(atoms), *self.shapes[0])).sum(-1)
 
 
-def squared_error(found: Pass) -> Array:
-  """The squared error of a row, summed over its width; the mean of rows."""
-  error = (found.reconstruction - found.target).astype(jnp.float32)
-  return (error**2).sum(-1).mean()
-
-
-def name(term: Callable[[Pass], Array]) -> str:
-  """What a term of the loss is called: as its function or its class is."""
-  if isinstance(term, functools.partial):
-    term = term.func
-  return getattr(term, "__name__", None) or type(term).__name__
+def _norms(atoms):
+  squares = (atoms.astype(jnp.float32) ** 2).sum(-1)
+  # An atom of zeros has no gradient, instead of NaN.
+  return jnp.sqrt(jnp.where(squares == 0, 1, squares)) * (squares != 0)
 
 
 def _idle(idle, code):

@@ -2,7 +2,9 @@
 
 A sparsifier is called as `sparsifier(pre, scores=None)`; `scores` is a function
 of the pre-activations that ranks latents in the place of their values, which
-the sparsifiers that rank those of a row take.
+the sparsifiers that rank those of a row take. A pre-activation that is NaN is
+NaN in the code as well, but where k others of its row that are NaN, too, come
+first in a TopK.
 """
 
 from collections.abc import Callable
@@ -100,8 +102,8 @@ class TopK(Sparsifier):
     k = jnp.round(self.schedule(self.steps[...])).astype(jnp.int32)
     self.steps[...] += 1
     ranked = lax.stop_gradient(pre if scores is None else scores(pre))
-    kept = select.top_k_mask(ranked, jnp.maximum(k, self.k), axis=-1)
-    return jnp.where(kept, jax.nn.relu(pre), 0)
+    mask = select.top_k_mask(ranked, jnp.maximum(k, self.k), axis=-1)
+    return selection.kept(mask, jax.nn.relu(pre))
 
 
 class BatchTopK(Sparsifier):
@@ -128,7 +130,7 @@ class BatchTopK(Sparsifier):
     """[..., latents]."""
     if self.use_running_average:
       threshold = self.threshold[...].astype(pre.dtype)
-      return jnp.where(pre > jnp.maximum(threshold, 0), pre, 0)
+      return selection.above(pre, jnp.maximum(threshold, 0))
     z = selection.batch_top_k(pre, self.k)
     self.threshold[...] = _averaged(self.threshold[...], z, self.rate)
     return z
@@ -209,7 +211,7 @@ class Gated(Sparsifier):
     """[..., latents]."""
     scale = jnp.exp(self.log_scale[...]).astype(pre.dtype)
     magnitude = scale * pre + self.magnitude_bias[...].astype(pre.dtype)
-    return jnp.where(self.gate(pre) > 0, jax.nn.relu(magnitude), 0)
+    return jnp.where(self.gate(pre) <= 0, 0, jax.nn.relu(magnitude))
 
 
 def _averaged(threshold, z, rate):
