@@ -5,7 +5,9 @@ data/recovery_authors.json has what others' code gives for inputs drawn by
 """
 
 import functools
+import json
 import math
+import pathlib
 
 from absl.testing import parameterized
 import numpy as np
@@ -14,6 +16,9 @@ from sklearn import linear_model
 
 from tests.oracles import recovery as oracle
 
+AUTHORS = json.loads(
+  (pathlib.Path(__file__).parent / "data/recovery_authors.json").read_text()
+)["results"]
 exact = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
 # A minimum found by its value has half of the digits.
 found = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6)
@@ -456,3 +461,45 @@ class ThresholdingTest(parameterized.TestCase):
     want = np.linalg.lstsq(dictionary.T, x, rcond=None)[0]
     near(oracle.htp(dictionary, x, 4, 1), want)
     near(oracle.iht(dictionary, x, 4, 3000), want)
+
+
+class AuthorsTest(parameterized.TestCase):
+  def test_proxop(self):
+    v, want = np.linspace(-4, 4, 41), AUTHORS["proxop"]
+    near(oracle.cel0(v, 0.6, 0.5, 0.8), want["cel0_0.8"])
+    near(oracle.cel0(v, 0.6, 0.5, 2.5), want["cel0_2.5"])
+    near(oracle.cel0_value(v, 0.5, 0.8), want["cel0_value"])
+    near(oracle.hard(v, 0.6), want["l0"])
+    for q in (0.3, 0.5, 0.7):
+      near(oracle.lq(v, 0.6, q), want[f"root_{q}"])
+
+  def test_skglm(self):
+    v, want = np.linspace(-4, 4, 41), AUTHORS["skglm"]
+    near(oracle.half(v, 0.6), want["half"])
+    near(oracle.lq(v, 0.6, 2 / 3), want["two_thirds"])
+    block = np.array([1.0, -2.0, 0.5])
+    near(oracle.group(block, 0.9, 3), want["block"])
+    prox = oracle.penalty("group", 0.9, size=3, nonnegative=True).prox
+    near(prox(block, 1.0), want["block_positive"])
+
+  @parameterized.product(
+    solver=["ista", "fista"],
+    kind=[("soft", "l1", 0.2), ("hard", "l0", 0.2), ("half", "lq", 0.1)],
+  )
+  def test_pylops(self, solver, kind):
+    # Its objective is twice ours, so that 0.4 there is a weight of 0.2, and its
+    # half threshold for t is the prox of t / 2 |u|^(1/2).
+    threshold, name, weight = kind
+    got = getattr(oracle, solver)(
+      normal(150, 9, 6), normal(151, 6), oracle.penalty(name, weight), 25
+    )
+    near(got, AUTHORS["pylops"][f"{solver}_{threshold}"])
+
+  def test_overcomplete(self):
+    # Its codes are float32.
+    dictionary, x = unit(normal(152, 10, 6)), normal(153, 4, 6)
+    got = oracle.matching_pursuit(dictionary, x, 5, signed=True)
+    want = AUTHORS["overcomplete"]
+    np.testing.assert_allclose(got, want["matching_pursuit"], atol=1e-6)
+    residual = x - got @ dictionary
+    np.testing.assert_allclose(residual, want["residual"], atol=1e-6)
