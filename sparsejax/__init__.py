@@ -20,6 +20,8 @@ fixed patterns of attention          | sparsejax.attention.patterns
 sparse attention in Flax's modules   | sparsejax.attention.as_attention_fn
 mixtures of experts                  | sparsejax.routing.MoE
 routers, balancing, dispatchers      | sparsejax.routing.top_k, dropless, ...
+sparse autoencoders                  | sparsejax.sparse_coding.Autoencoder
+OMP, ISTA and other solvers          | sparsejax.sparse_coding.omp, ista, ...
 methods of two rooms (UMoE)          | sparsejax.recipes.UMoE
 pictures of masks and attention      | sparsejax.plots
 """
@@ -29,6 +31,7 @@ from sparsejax import plots
 from sparsejax import recipes
 from sparsejax import routing
 from sparsejax import select
+from sparsejax import sparse_coding
 from sparsejax import weights
 
 __version__ = "0.1.0"
