@@ -122,6 +122,8 @@ class BatchTopK(Sparsifier):
   """
 
   def __init__(self, k: float, *, rate: float = 0.01):
+    if not 0 < rate <= 1:
+      raise ValueError(f"rate must be above 0 and at most 1, got {rate}")
     self.k, self.rate = k, rate
     self.use_running_average = False
     self.threshold = LatentStatistic(jnp.float32(-1))  # none yet
@@ -171,6 +173,8 @@ class JumpReLU(Sparsifier):
   ):
     if not bandwidth > 0:
       raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+    if isinstance(threshold, (int, float)) and not threshold > 0:
+      raise ValueError(f"threshold must be positive, got {threshold}")
     start = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (latents,))
     self.log_threshold = nnx.Param(jnp.log(start))
     self.bandwidth = bandwidth
