@@ -416,6 +416,10 @@ class PursuitTest(parameterized.TestCase):
     for solve in (oracle.omp, oracle.matching_pursuit):
       exact(solve(dictionary, x, 0), np.zeros(4))
       exact(solve(dictionary, np.zeros(2), 2), np.zeros(4))
+    # Nothing is left after one atom, and still none is taken twice.
+    path = oracle.omp_path(np.eye(3), np.array([0.0, 2.0, 0.0]), 3)
+    self.assertEqual(path[3][0], [1, 0, 2])
+    exact(path[3][1], [0, 2, 0])
     self.assertEqual(oracle.largest([0.0, 1.0, -1.0, 1.0], 2), [1, 2])
 
 

@@ -215,6 +215,11 @@ class AbsorptionTest(parameterized.TestCase):
     x, z, dictionary, probe = self.simple()
     present = [True] * 5
     exact(oracle.absorption(x, z, dictionary, probe, present, [0, 1]), 0)
+    # Not even with 0 of nothing.
+    rows = oracle.absorbed(
+      x, 0 * z, dictionary, probe, present, [0, 1], share_threshold=0.0
+    )
+    self.assertFalse(rows.any())
     # No main latent: whoever carries it does so in the place of nobody.
     exact(oracle.absorption(x, z, dictionary, probe, present, []), 4 / 5)
     exact(oracle.absorption(x, z, dictionary, probe, present, [0, 1, 2]), 0)
