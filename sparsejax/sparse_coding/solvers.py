@@ -13,6 +13,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparsejax.automatic import automatic
+from sparsejax.select import top_k
 from sparsejax.sparse_coding import codes
 
 Array = jax.Array
@@ -156,10 +158,11 @@ def omp(dictionary: Array, signal: Array, k: int) -> Array:
   codes.check_k(k, min(kernel.shape))
   if not k:
     return _finish(z, signal)
-  unit, lengths = _normalized(lax.stop_gradient(kernel))
   noise = 10 * jnp.finfo(x.dtype).eps
 
-  def choose(x):
+  def choose(kernel, x):
+    unit, lengths = _normalized(kernel)
+
     def step(carry, i):
       residual, basis, taken = carry
       scores = jnp.abs(_dot(residual, unit.T))
@@ -176,10 +179,10 @@ def omp(dictionary: Array, signal: Array, k: int) -> Array:
     start = (x, jnp.zeros((k, len(x)), x.dtype), lengths == 0)
     return lax.scan(step, start, jnp.arange(k))[1]
 
-  def solve(x):
-    return _refit(kernel, x, *choose(lax.stop_gradient(x)))
+  def solve(kernel, x):
+    return _refit(kernel, x, *choose(*lax.stop_gradient((kernel, x))))
 
-  return _finish(_each_row(solve, x), signal)
+  return _finish(_each_row(solve, z, kernel, x), signal)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "signed"))
@@ -214,11 +217,12 @@ def matching_pursuit(
   mp-sae, From Flat to Hierarchical: Extracting Sparse Representations with
   Matching Pursuit.
   """
-  kernel, x, _ = _start(dictionary, signal)
+  kernel, x, z = _start(dictionary, signal)
   _check_count("k", k)
-  unit, lengths = _normalized(kernel)
 
-  def solve(x):
+  def solve(kernel, x):
+    unit, lengths = _normalized(kernel)
+
     def step(residual, _):
       scores = lax.stop_gradient(_dot(residual, unit.T))
       scores = scores if signed else jnp.abs(scores)
@@ -230,7 +234,7 @@ def matching_pursuit(
     z = jnp.zeros(len(kernel), x.dtype)
     return z.at[j].add(amounts / jnp.where(lengths == 0, 1, lengths)[j])
 
-  return _finish(_each_row(solve, x), signal)
+  return _finish(_each_row(solve, z, kernel, x), signal)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "steps"))
@@ -272,9 +276,8 @@ def iht(
 
   def step(z, _):
     z = _descend(kernel, x, z, size)
-    kept = lax.top_k(jnp.abs(z), k)[1]
-    values = jnp.take_along_axis(z, kept, axis=-1)
-    return codes.Code(values, kept, len(kernel)).dense(), None
+    kept = top_k.top_k_mask(jnp.abs(z), k, axis=-1)
+    return jnp.where(kept, z, 0), None
 
   z, _ = lax.scan(step, z, length=steps)
   return _finish(z, signal)
@@ -292,7 +295,11 @@ def htp(
   """Hard thresholding pursuit: `iht` that refits the k latents at each step.
 
   It reaches a fixed point after few steps. The gradient is that of the last
-  refit. Where chosen atoms depend on each other they share their part.
+  refit. Where chosen atoms depend on each other, the code is one of those that
+  fit best.
+
+  Steps of 1 for atoms of length 1, as in the paper, often find more than the
+  default, which is safe with any dictionary.
 
   Args:
     dictionary: floating [latents, width].
@@ -321,10 +328,12 @@ def htp(
   _check_count("steps", steps)
   size = _step_size(kernel, step_size)
 
+  def refit(kernel, x, sizes):
+    return _refit(kernel, x, lax.top_k(sizes, k)[1])
+
   def step(z, _):
     sizes = jnp.abs(_descend(kernel, x, z, size))
-    chosen = lax.top_k(lax.stop_gradient(sizes), k)[1]
-    return _each_row(functools.partial(_refit, kernel), x, chosen), None
+    return _each_row(refit, z, kernel, x, lax.stop_gradient(sizes)), None
 
   z, _ = lax.scan(step, z, length=steps)
   return _finish(z, signal)
@@ -445,10 +454,11 @@ def _normalized(kernel):
   return kernel / lengths[:, None], jnp.where(squares == 0, 0, lengths)
 
 
-def _each_row(solve, *rows):
-  for _ in range(rows[0].ndim - 1):
-    solve = jax.vmap(solve)
-  return solve(*rows)
+def _each_row(solve, z, kernel, *rows):
+  """solve(kernel, row, ...) of every row: codes that are divided as z is."""
+  for _ in range(z.ndim - 1):
+    solve = jax.vmap(solve, (None, *(0 for _ in rows)))
+  return automatic(solve, kernel, *rows, out=z)
 
 
 def _refit(kernel, x, chosen, fits=True):
@@ -456,12 +466,12 @@ def _refit(kernel, x, chosen, fits=True):
   atoms = jnp.where(jnp.reshape(fits, (-1, 1)), kernel[chosen], 0)
   atoms, lengths = _normalized(atoms)
   # The ridge is for atoms of zeros and dependent ones. What it takes off the
-  # solution the repetitions give back.
+  # solution the second pass gives back.
   ridge = 10 * len(chosen) * jnp.finfo(x.dtype).eps
   products = _dot(atoms, atoms.T) + ridge * jnp.eye(len(chosen), dtype=x.dtype)
   factor = jnp.linalg.cholesky(products)
   values = jnp.zeros(len(chosen), x.dtype)
-  for _ in range(3):
+  for _ in range(2):
     left = _dot(atoms, x - _dot(values, atoms))
     values += jax.scipy.linalg.cho_solve((factor, True), left)
   values /= jnp.where(lengths == 0, 1, lengths)
