@@ -151,6 +151,15 @@ class Store:
       found[here] = shard[index[here] - (self._ends[i] - len(shard))]
     return found
 
+  def mean(self) -> np.ndarray:
+    """f32 [width], of all rows."""
+    total = sum(
+      np.asarray(shard[i : i + SHARD]).astype(np.float64).sum(0)
+      for shard in self._shards
+      for i in range(0, len(shard), SHARD)
+    )
+    return (total / len(self)).astype(np.float32)
+
   def batches(self, size: int, seed: int) -> grain.MapDataset:
     """Endless batches f32 [size, width]; each epoch has an order of its own.
 
