@@ -12,7 +12,7 @@ from configs import text_moe
 from configs import text_moe_dense
 
 # Metrics of which less is better; of all others more is.
-LESS = ("loss", "max_violation", "active", "dropped")
+LESS = ("loss", "max_violation", "active", "dropped", "nearest")
 
 
 def config() -> ml_collections.ConfigDict:
@@ -119,6 +119,30 @@ class Pruning:
   metrics: Mapping[str, int] = dataclasses.field(
     default_factory=lambda: {"error": -1, "retrieval": 1, "fidelity": 1}
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+  """What papers say of sparse autoencoders at equal L0, and where it is tried.
+
+  Attributes:
+    says: the claim.
+    source: the papers.
+    differs: how the experiment differs from the papers'.
+    better: variants of experiments/dictionary_training.py, the first claimed to
+      be better than the second, and the figure by which.
+    at: L0 at which they are compared.
+    besides: as `better`, where the papers claim nothing.
+    config: makes the config of experiments.dictionary.
+  """
+
+  says: str
+  source: str
+  differs: str
+  better: Sequence[tuple[str, str, str]]
+  at: Sequence[float]
+  config: Callable[[], ml_collections.ConfigDict]
+  besides: Sequence[tuple[str, str, str]] = ()
 
 
 RIGL = "Evci et al., Rigging the Lottery (2020)"

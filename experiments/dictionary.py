@@ -15,7 +15,10 @@ autoencoder are told, on texts that none was trained on,
   reconstruction takes the place of what the block returns;
 - recovered: the share that is won back of what the cosine loses where the mean
   token takes that place;
-- retrieval: how often a docstring is nearest to its own signature then.
+- retrieval: how often a docstring is nearest to its own signature then;
+- prefix: the share of the variance that the first quarter of the latents
+  explains, with the others left out;
+- nearest: the largest cosine of an atom with another one, on average.
 
 The work directory receives the activations, the autoencoder of each training as
 SAELens keeps it, results.jsonl, table.txt, frontier.png, and a page of latents
@@ -75,7 +78,16 @@ FIELDS = (
   "settings",
   "variants",
 )
-COLUMNS = ("l0", "explained", "dead", "recovered", "cosine", "retrieval")
+COLUMNS = (
+  "l0",
+  "explained",
+  "dead",
+  "recovered",
+  "cosine",
+  "retrieval",
+  "prefix",
+  "nearest",
+)
 
 Rows = dict[tuple[str, float, int], dict[str, Any]]
 

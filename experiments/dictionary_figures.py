@@ -5,6 +5,7 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import activations
@@ -15,6 +16,7 @@ from sparsejax import capture
 from sparsejax import sparse_coding
 
 CHUNK = 4096  # rows that are coded at once
+PREFIX = 4  # a prefix is this share of the latents, the first ones
 
 
 class Figures:
@@ -66,8 +68,10 @@ class Figures:
   def of(self, sae: sparse_coding.Autoencoder) -> dict[str, float]:
     """All figures of an autoencoder that has been told `eval()`."""
     found = sparse_coding.Statistics.zeros(sae.width, sae.latents)
+    prefix = found
     for x, valid in chunks(self.store):
       _, found = reconstruct(sae, x, valid, found)
+      _, prefix = reconstruct(sae, x, valid, prefix, sae.latents // PREFIX)
     made = [
       np.asarray(reconstruct(sae, x, valid, found)[0])[valid]
       for x, valid in chunks(self._rows)
@@ -83,6 +87,8 @@ class Figures:
       "dead": float(sparse_coding.dead_fraction(found.density)),
       "shrinkage": float(found.shrinkage),
       "recovered": float(sparse_coding.loss_recovered(*losses)),
+      "prefix": float(prefix.explained_variance),
+      "nearest": float(nearest(sae)),
     } | kept
 
   def _embeddings(self, rows):
@@ -127,12 +133,25 @@ def chunks(source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     yield np.pad(rows, padding), np.arange(CHUNK) < len(rows)
 
 
-@nnx.jit
-def reconstruct(sae, x, valid, statistics):
-  """The reconstruction, and the statistics with these rows."""
+@functools.partial(nnx.jit, static_argnames="first")
+def reconstruct(sae, x, valid, statistics, first: int | None = None):
+  """The reconstruction, and the statistics with these rows.
+
+  Of the first latents alone, where their number is given.
+  """
   code = sae.encode(x)
+  if first is not None:
+    code = sparse_coding.ablate(code, range(first, sae.latents))
   y = sae.decode(code)
   return y, statistics.add(x, y, code, valid)
+
+
+@nnx.jit
+def nearest(sae) -> jax.Array:
+  """The largest cosine of an atom with another, mean over atoms."""
+  atoms = sae.dictionary[...] / sae.norms()[:, None]
+  cosines = atoms @ atoms.T
+  return jnp.where(jnp.eye(len(atoms), dtype=bool), -1, cosines).max(1).mean()
 
 
 @nnx.jit

@@ -29,6 +29,7 @@ from experiments import claims
 from experiments import experiment
 from experiments import files
 from experiments import flops
+from experiments import frontier
 from experiments import intervals
 from experiments import prune
 import sparsejax
@@ -231,6 +232,15 @@ def test_pruning(
   }
 
 
+def test_frontier(
+  claim: claims.Frontier, seeds, workdir: pathlib.Path, progress=iter
+) -> dict[str, Any]:
+  """Trains autoencoders as a claim needs them, and returns what came out."""
+  _check_seeds(seeds)
+  kept = _kept(workdir, claim.config().to_dict() | {"seeds": len(seeds)})
+  return frontier.test(claim, seeds, kept.with_suffix(""), progress)
+
+
 def _pairs(claim: claims.Pruning) -> list[tuple]:
   """Pairs of methods, points, and whether anything is claimed of them."""
   return [
@@ -408,6 +418,14 @@ def chosen(name: str) -> list[str]:
   )
 
 
+# How a claim is tested, the page of what came out, and how many seeds it takes.
+KINDS = {
+  claims.Claim: (test, card, 10),
+  claims.Frontier: (test_frontier, frontier.card, 5),
+  claims.Pruning: (test_pruning, pruning_card, 5),
+}
+
+
 def main(argv):
   del argv
   names = chosen(flags.FLAGS.claim)
@@ -420,9 +438,8 @@ def main(argv):
   for name in names:
     claim = claims.CLAIMS[name]
     progress = lambda arms, name=name: tqdm.tqdm(arms, desc=name, unit="arm")
-    pruning = isinstance(claim, claims.Pruning)
-    seeds = range(flags.FLAGS.seeds or (5 if pruning else 10))
-    run_it, page = (test_pruning, pruning_card) if pruning else (test, card)
+    run_it, page, seeds = KINDS[type(claim)]
+    seeds = range(flags.FLAGS.seeds or seeds)
     result = run_it(claim, seeds, workdir, progress)
     files.write(cards / f"{name}.json", json.dumps(result, indent=2))
     files.write(cards / f"{name}.md", page(name, claim, result))
@@ -435,7 +452,9 @@ if __name__ == "__main__":
     "claim", "all", f"One of {names}, what some begin with, or all."
   )
   flags.DEFINE_integer(
-    "seeds", None, "Paired seeds, five or more; default 10, or 5 of pruning."
+    "seeds",
+    None,
+    "Paired seeds, five or more; default 10, or 5 of pruning and frontiers.",
   )
   flags.DEFINE_string("workdir", "runs/fidelity", "Keeps the runs.")
   flags.DEFINE_string("cards", "docs/claims", "Where results go.")

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from experiments import claims
+from experiments import dictionary
 from experiments import fidelity
 from experiments import prune
 
@@ -213,6 +214,13 @@ def test_every_claim_is_well_formed(name):
       assert set(names) <= set(prune.METHODS)
       for structure, sparsity in points:
         assert prune.points([structure], [sparsity])
+    return
+  if isinstance(claim, claims.Frontier):
+    config = claim.config()
+    dictionary.check(config)
+    for *pair, figure in itertools.chain(claim.better, claim.besides):
+      assert set(pair) <= set(config.variants)
+      assert figure in dictionary.COLUMNS
     return
   for first, second, *_ in itertools.chain(claim.better, claim.besides):
     assert {first, second} <= set(claim.arms)
