@@ -359,3 +359,72 @@ def test_training_with_flops_takes_fewer_products():
   print("products, flops / l1:", same_active, same_recall)
   assert max(same_active) < 0.9
   assert np.mean(same_recall) < 1
+
+
+def train_at_falling_k(start, key):
+  """Share of dead latents, and accuracies, once k has gone from start to 2.
+
+  The data are few of many atoms; the label of a row is its largest one.
+  """
+  latents, width, atoms, rows, steps, batch = 256, 32, 128, 4096, 800, 64
+  keys = jax.random.split(key, 5)
+  unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  truth = unit(jax.random.normal(keys[0], (atoms, width)))
+  planted = jax.random.exponential(keys[1], (rows, atoms))
+  planted *= jax.random.bernoulli(keys[2], 3 / atoms, planted.shape)
+  x, label = planted @ truth, planted.argmax(-1)
+  x = x - x.mean(0)
+  x = x / jnp.sqrt((x**2).sum(-1).mean())
+  kernel = unit(jax.random.normal(keys[3], (latents, width)))
+  params = kernel, jnp.zeros(latents), kernel, jnp.zeros(width)
+  optimizer = optax.adam(3e-3)
+
+  def encode(params, x, k):
+    code = sparse_coding.encode_top_k(x, params[0], params[1], 8)
+    return sparse_coding.keep_first(code, k)
+
+  def loss(params, x, k):
+    found = sparse_coding.decode(encode(params, x, k), params[2]) + params[3]
+    return ((found - x) ** 2).sum(-1).mean()
+
+  def step(carry, i):
+    params, state = carry
+    chosen = jax.random.randint(
+      jax.random.fold_in(keys[4], i), (batch,), 0, rows
+    )
+    k = sparse_coding.annealed_k(i, start, 2, int(0.7 * steps))
+    grads = jax.grad(loss)(params, x[chosen], k)
+    updates, state = optimizer.update(grads, state)
+    return (optax.apply_updates(params, updates), state), None
+
+  (params, _), _ = jax.lax.scan(
+    step, (params, optimizer.init(params)), jnp.arange(steps)
+  )
+  code = encode(params, x, 2)
+
+  def nearest(z):
+    cosines = unit(z[:500]) @ unit(z[500:]).T
+    right = label[500:][cosines.argmax(-1)] == label[:500]
+    return right.mean()
+
+  components = jnp.linalg.svd(x, full_matrices=False)[2][:2]
+  return (
+    sparse_coding.dead_fraction(sparse_coding.density(code)),
+    nearest(code.dense() + 1e-9),  # a code of zeros has no direction
+    nearest(x @ components.T),
+  )
+
+
+@pytest.mark.slow
+def test_falling_k_leaves_fewer_dead_latents():
+  """Than k = 2 from the start, and 2 latents tell more than 2 components.
+
+  Of data that are made of atoms: where a few directions had nearly all of the
+  variance, falling k left more dead latents than it found.
+  """
+  keys = jax.random.split(jax.random.key(1), 5)
+  train = jax.vmap(jax.vmap(train_at_falling_k, (0, None)), (None, 0))
+  dead, sparse, dense = jax.jit(train)(jnp.array([2, 8]), keys)
+  print("dead:", dead.T, "accuracy:", sparse.T, dense.T)
+  assert np.all(dead[:, 1] < dead[:, 0] - 0.05)
+  assert np.all(sparse > dense + 0.1)
