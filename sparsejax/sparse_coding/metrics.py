@@ -428,7 +428,7 @@ class Statistics:
   def zeros(cls, width: int, latents: int) -> "Statistics":
     """Those of no rows."""
     zero = jnp.zeros((), jnp.float32)
-    active, mean = jnp.zeros(latents), jnp.zeros(width)
+    active, mean = (jnp.zeros(n, jnp.float32) for n in (latents, width))
     return cls(zero, active, mean, zero, zero, zero, zero)
 
   def add(
