@@ -181,12 +181,12 @@ def run(
     loaded, stores["validation"], sides, mean
   )
   rows, every = read(workdir), dictionary_training.programs(config)
-  steps = config.steps * sum(len(program.trainings) for program in every)
+  steps = config.steps * sum(program.size for program in every)
   with tqdm.tqdm(total=steps, unit="step", smoothing=0) as bar:
     for program in every:
       bar.set_description(program.name)
-      if all(training in rows for training in program.trainings):
-        bar.update(config.steps * len(program.trainings))
+      if all(at in rows for at in program.trainings):
+        bar.update(config.steps * program.size)
         continue
       place = workdir / "programs" / program.name
       trained = dictionary_training.train(
@@ -200,11 +200,13 @@ def run(
       )
       if trained is None:
         return None
-      for number, training in enumerate(program.trainings):
+      for number, at in enumerate(program.trainings):
+        bar.set_postfix_str(f"measures {number + 1} of {program.size}")
         sae = trained.autoencoder(number)
-        sparse_coding.save(kept_at(workdir, *training), sae)
-        names = dict(zip(("variant", "level", "seed"), training))
-        rows[training] = names | figures.of(sae)
+        sparse_coding.save(kept_at(workdir, *at), sae)
+        names = dict(zip(("variant", "level", "seed"), at))
+        rows[at] = names | figures.of(sae)
+      bar.set_postfix_str("")
       lines = "".join(json.dumps(row) + "\n" for row in rows.values())
       files.write(workdir / "results.jsonl", lines)
       shutil.rmtree(place / "checkpoints")
@@ -219,11 +221,11 @@ def run(
     "latents": f"{config.latents} of width {stores['training'].width}",
     "training": f"{config.steps} steps of {config.batch_size} tokens",
   }
-  wanted = [training for program in every for training in program.trainings]
+  wanted = [at for program in every for at in program.trainings]
   return {
     "about": about,
     "bounds": figures.bounds,
-    "rows": [rows[training] for training in wanted],
+    "rows": [rows[at] for at in wanted],
     "validation": (stores["validation"], texts["validation"]),
     "tokenizer": loaded.tokenizer,
   }
@@ -299,7 +301,9 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
       (line,) = ax.plot(l0, values.mean(1), marker="o", label=variant)
       band = values.min(1), values.max(1)
       ax.fill_between(l0, *band, alpha=0.2, color=line.get_color())
-    ax.set(xlabel="active latents of a token", ylabel=title, xscale="log")
+    ax.set(xlabel="active latents of a token", ylabel=title)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
   panels[0].legend()
   page.suptitle(

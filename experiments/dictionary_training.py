@@ -71,6 +71,10 @@ class Program:
     return "_".join([self.variant, *map(str, self.levels)])
 
   @property
+  def size(self) -> int:
+    return len(self.levels) * self.seeds
+
+  @property
   def trainings(self) -> list[tuple[str, float, int]]:
     """(variant, level, seed) of each."""
     return [
@@ -223,7 +227,7 @@ def train(
     if start:
       like = jax.eval_shape(lambda: trained.state)
       trained.state = checkpoints.restore(start, like, data)
-    bar.update(start * len(trained.trainings))
+    bar.update(start * program.size)
     with workdirs.Metrics(workdir, after=start) as metrics:
       for number in range(start + 1, config.steps + 1):
         x = next(data)
@@ -231,7 +235,7 @@ def train(
         last = number == config.steps
         if number % config.log_every == 0 or last:
           metrics.write(number, named(trained.trainings, parts))
-        bar.update(len(trained.trainings))
+        bar.update(program.size)
         stop = stopped() and not last
         if stop or last or number % config.checkpoint_every == 0:
           checkpoints.save(number, trained.state, data)
