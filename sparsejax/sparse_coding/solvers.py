@@ -224,7 +224,7 @@ def matching_pursuit(
     unit, lengths = _normalized(kernel)
 
     def step(residual, _):
-      scores = lax.stop_gradient(_dot(residual, unit.T))
+      scores = _dot(residual, unit.T)
       scores = scores if signed else jnp.abs(scores)
       j = jnp.argmax(jnp.where(lengths == 0, -jnp.inf, scores))
       amount = _dot(residual, unit[j])

@@ -350,6 +350,16 @@ def test_omp_takes_no_more_than_it_needs():
   np.testing.assert_array_equal(got != 0, z != 0)
 
 
+def test_refit_of_nearly_equal_atoms():
+  # f32 leaves four digits at this angle; less than that the ridge may take.
+  w = np.array([[1.0, 0.0], [np.cos(0.03), np.sin(0.03)]])
+  z = np.array([1.0, -0.5])
+  x = jnp.array(z @ w, jnp.float32)
+  for name, given in (("omp", {}), ("htp", dict(steps=1))):
+    got = SOLVERS[name](jnp.array(w, jnp.float32), x, k=2, **given)
+    np.testing.assert_allclose(got, z, atol=1e-3)
+
+
 def test_matching_pursuit_skips_zeros_for_negative_products():
   w = jnp.array([[0.0, 0.0], [1.0, 0.0]])
   got = SOLVERS["matching_pursuit"](w, jnp.array([-2.0, 1.0]), k=1, signed=True)
