@@ -229,7 +229,7 @@ class InvertedIndex:
     The postings of its latents stand one behind the other in a list that is
     nowhere but in `ends`.
     """
-    values, indices = query
+    values, indices = query[0].astype(jnp.float32), query[1]
     zeros = jnp.zeros(self.size, jnp.float32)
     if not len(self.values) or not len(values):
       return zeros
