@@ -159,15 +159,12 @@ def largest(scores: Array, k: int) -> Array:
   whole = lambda rows: lax.top_k(rows, k)[1]
   in_chunks = functools.partial(_largest, k=k, chunk=chunk)
 
-  def run(_, rows):
+  def run(rows):
     if chunk < 8:
       return (whole(rows),)
     return (lax.platform_dependent(rows, cpu=in_chunks, default=whole),)
 
-  # Or XLA gathers what is divided by rows.
-  (found,) = partitioning.per_shard(
-    run, [rows], ["b m"], ["b k"], dict(zip("bmk", (*rows.shape, k))), "b"
-  )
+  (found,) = _on_shards(run, [rows], ["n m"], ["n k"], k=k)
   return found.reshape(*scores.shape[:-1], k)
 
 
@@ -201,7 +198,7 @@ def chosen(
   """
   dtype = jnp.result_type(x, kernel, bias)
 
-  def choose(x, kernel, bias):
+  def choose(x, kernel, bias, scores=None):
     wide = _accumulator(x, kernel, bias)
     pre = jnp.matmul(x, kernel.T, preferred_element_type=wide) + bias
     ranked = pre if scores is None else scores(pre)
@@ -212,15 +209,20 @@ def chosen(
   def in_chunks(x, kernel, bias):
     step = lambda _, x: (None, choose(x, kernel, bias))
     rows = max(SCORED // max(len(kernel), 1), 128)
-    _, found = _over_chunks(step, None, [_flat(x)], rows)
-    return jax.tree.map(lambda a: a.reshape(*x.shape[:-1], k), found)
+    return _over_chunks(step, None, [x], rows)[1]
 
-  found = lax.platform_dependent(
-    *lax.stop_gradient((x, kernel, bias)),
-    cpu=in_chunks if scores is None else choose,
-    default=choose,
+  def run(x, kernel, bias):
+    return lax.platform_dependent(
+      x, kernel, bias, cpu=in_chunks, default=choose
+    )
+
+  given = lax.stop_gradient((x, kernel, bias))
+  if scores is not None:  # it may look at arrays of all rows
+    return lax.stop_gradient(choose(*given, scores))
+  found = _on_shards(
+    run, [_flat(given[0]), *given[1:]], ["n d", "m d", "m"], ["n k"] * 3, k=k
   )
-  return lax.stop_gradient(found)
+  return tuple(a.reshape(*x.shape[:-1], k) for a in found)
 
 
 @jax.custom_vjp
@@ -319,18 +321,15 @@ def _outer_sum(values, indices, y, m):
     rows = values, indices, y
     return _over_chunks(step, jnp.zeros((m, d), dtype), rows, size)[0]
 
-  # Or XLA sums over devices after every chunk.
-  rows = [_flat(x)[None] for x in (values, indices, y)]
-  (found,) = partitioning.per_shard(
-    lambda _, *rows: (jax.vmap(functools.partial(_by_platform, run))(*rows),),
-    rows,
-    ["b n k", "b n k", "b n d"],
-    ["b m d"],
-    dict(b=1, n=rows[0].shape[1], k=k, d=d, m=m),
-    cut="n",
+  (found,) = _on_shards(
+    lambda *rows: (_by_platform(run, *rows),),
+    [_flat(x) for x in (values, indices, y)],
+    ["n k", "n k", "n d"],
+    ["m d"],
     summed={0: "n"},
+    m=m,
   )
-  return found[0]
+  return found
 
 
 def _rows(table, index):
@@ -349,6 +348,27 @@ def _by_platform(run, *args):
   """run(how many numbers it may hold, *args)."""
   on = {name: functools.partial(run, n) for name, n in GATHERED.items()}
   return lax.platform_dependent(*args, **on)
+
+
+def _on_shards(f, arrays, names, out_names, summed=None, **sizes):
+  """f(*arrays), where a mesh divides their rows "n" on each shard.
+
+  Left to itself, XLA gathers what a list is chosen from, and sums over devices
+  once a chunk; see `partitioning.per_shard`.
+  """
+  for words, x in zip(names, arrays, strict=True):
+    sizes |= zip(words.split(), x.shape, strict=True)
+  batched = lambda words: [f"b {x}" for x in words]
+  found = partitioning.per_shard(
+    lambda _, *arrays: jax.vmap(f)(*arrays),
+    [x[None] for x in arrays],
+    batched(names),
+    batched(out_names),
+    {"b": 1, **sizes},
+    cut="n",
+    summed=summed,
+  )
+  return tuple(x[0] for x in found)
 
 
 def _over_chunks(step, carry, rows, size):
