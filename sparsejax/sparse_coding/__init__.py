@@ -5,6 +5,7 @@ autoencoder is an encoder, a sparsifier and a dictionary, and its loss is made
 of named terms; solvers find codes without an encoder.
 """
 
+from sparsejax.sparse_coding import sharded
 from sparsejax.sparse_coding.autoencoders import Autoencoder
 from sparsejax.sparse_coding.autoencoders import Crosscoder
 from sparsejax.sparse_coding.codes import Code
@@ -23,6 +24,7 @@ from sparsejax.sparse_coding.embeddings import similarity
 from sparsejax.sparse_coding.embeddings import splade
 from sparsejax.sparse_coding.losses import AllBudgets
 from sparsejax.sparse_coding.losses import DeadLatents
+from sparsejax.sparse_coding.losses import flops_loss
 from sparsejax.sparse_coding.losses import gate_error
 from sparsejax.sparse_coding.losses import gate_l1
 from sparsejax.sparse_coding.losses import l0_loss

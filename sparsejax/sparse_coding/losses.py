@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.sparse_coding import codes
+from sparsejax.sparse_coding import embeddings
 from sparsejax.sparse_coding import selection
 from sparsejax.sparse_coding import sparsifiers
 
@@ -129,6 +130,15 @@ def gate_error(found: Pass) -> Array:
   """
   atoms, left = lax.stop_gradient((found.atoms(), found.error_without_atoms()))
   return _mean_square(left - codes.decode(_gates(found, "gate_error"), atoms))
+
+
+def flops_loss(found: Pass) -> Array:
+  """The `flops` of a code: small where latents are rare, and as rare as others.
+
+  Source: flops-regularizer, Minimizing FLOPs to Learn Efficient Sparse
+  Representations, equation of the relaxation.
+  """
+  return embeddings.flops(found.code)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,7 @@ def of_top_k():
     sparse_coding.squared_error,
     sparse_coding.normalized_error,
     sparse_coding.l1_loss,
+    sparse_coding.flops_loss,
     sparse_coding.DeadLatents(dead_after=7),
     sparse_coding.ZipfAuxiliary(exponent=1.0, offset=0.5, k=3),
     sparse_coding.NestedPrefixes((2, 5, M)),
@@ -103,6 +104,7 @@ def term_of_top_k(name):
       w["x"], run(w)["x_hat"]
     ),
     "l1_loss": lambda w: oracle.l1(run(w)["z"], w["dictionary"]),
+    "flops_loss": lambda w: oracle.flops(run(w)["z"]),
     # k of its own is half the width, 2, not half the latents.
     "DeadLatents": lambda w: oracle.dead_auxiliary(
       error, run(w)["pre"], w["dictionary"], DEAD, D // 2
@@ -136,6 +138,7 @@ def term_of_top_k(name):
     "squared_error",
     "normalized_error",
     "l1_loss",
+    "flops_loss",
     "DeadLatents",
     "ZipfAuxiliary",
     "NestedPrefixes",
