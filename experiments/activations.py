@@ -311,3 +311,43 @@ def stream(model, layer: str, tokens, valid) -> jax.Array:
   call = lambda model: model(tokens, valid)
   _, found = capture.outputs(call, model, where=lambda path: path == layer)
   return found[layer]
+
+
+def streamed(
+  parts: Iterable[Part], size: int, *, window: int, seed: int = 0
+) -> Iterator[np.ndarray]:
+  """Batches [size, width] of rows that are kept nowhere, each given once.
+
+  A window is filled and shuffled, half of it is given, and it is filled again:
+  memory is that of the window and a part. What fills no batch is left out.
+
+  Args:
+    parts: as `write` takes them, such as `rows` gives.
+    size: rows of a batch.
+    window: rows that are shuffled together, about; two batches or more.
+    seed: of their order.
+
+  Raises:
+    ValueError: the window holds less than two batches.
+
+  >>> parts = [(np.arange(6.0).reshape(6, 1), None, None)] * 2
+  >>> [len(batch) for batch in streamed(parts, 2, window=4)]
+  [2, 2, 2, 2, 2, 2]
+  """
+  if window < 2 * size:
+    raise ValueError(f"window must be at least 2 * {size}, got {window}")
+  generator, held = np.random.default_rng(seed), []
+
+  def shuffled(share):
+    nonlocal held
+    whole = generator.permutation(np.concatenate(held))
+    given = int(share * len(whole)) // size * size
+    held = [whole[given:]]
+    return whole[:given].reshape(-1, size, whole.shape[1])
+
+  for found, *_ in parts:
+    held.append(np.asarray(found))
+    if sum(map(len, held)) >= window:
+      yield from shuffled(0.5)
+  if held:
+    yield from shuffled(1)

@@ -197,3 +197,24 @@ def test_a_model_that_gives_nan_is_refused(loaded, tmp_path):
     activations.collect(
       tmp_path / "s", loaded._replace(model=model), "blocks/0", ["sum", "the"]
     )
+
+
+def test_streamed_batches_have_each_row_once():
+  take = lambda seed, **given: np.stack(
+    [*activations.streamed(parts(45), 4, seed=seed, **given)]
+  )
+  found = take(0, window=16)
+  assert found.shape == (11, 4, 5)  # 45 rows: one is left out
+  whole = np.concatenate([x for x, *_ in parts(45)])
+  place = [np.flatnonzero((whole == x).all(1)) for x in found.reshape(-1, 5)]
+  order = np.concatenate(place)
+  assert len(order) == len(set(order)) == 44
+  # Nothing comes before the window has reached it.
+  assert (order[:8] < 16).all() and (order != np.sort(order)).any()
+  np.testing.assert_array_equal(found, take(0, window=16))
+  assert (found != take(1, window=16)).any()
+  with pytest.raises(
+    ValueError, match=r"must be at least 2 \* 4, got 7"
+  ):
+    take(0, window=7)
+  assert not [*activations.streamed([], 4, window=8)]
