@@ -347,10 +347,11 @@ def contrastive_loss(
   others = ~jnp.eye(len(z), dtype=bool)
   alike = others & (labels[:, None] == labels)
   counts = alike.any(-1)
+  # A row like no other has the same on both sides, a loss of 0.
+  others, alike = (x | ~counts[:, None] for x in (others, alike))
   sum_of = functools.partial(jax.nn.logsumexp, cosines, axis=-1)
-  alike = jnp.where(counts[:, None], alike, others)  # whose loss is 0
   losses = sum_of(where=others) - sum_of(where=alike)
-  return jnp.where(counts, losses, 0).sum() / jnp.maximum(counts.sum(), 1)
+  return losses.sum() / jnp.maximum(counts.sum(), 1)
 
 
 def _check(queries, latents):

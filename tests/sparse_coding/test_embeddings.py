@@ -224,6 +224,9 @@ def test_contrastive_loss(labels):
     dense - step, labels
   )
   assert_close((grad * step).sum(), apart / 2, rtol=1e-3, atol=1e-9)
+  of_one = problem.jit(jax.value_and_grad(sparse_coding.contrastive_loss))
+  loss, grad = of_one(dense[:1], labels[:1])
+  assert loss == 0 and not grad.any()
 
 
 def test_the_loss_of_csrv2():

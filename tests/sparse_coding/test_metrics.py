@@ -243,7 +243,7 @@ def test_a_child_that_absorbs_its_parent():
   x = np.array([parent, parent + child, parent + child, child])
   right = np.array([[1, 0], [1, 1], [1, 1], [0, 1]], np.float32)
   hole = np.array([[1, 0], [0, 1], [0, 1], [0, 1]], np.float32)
-  both = np.array([[1, 0], [0.25, 0.75], [0, 1], [0, 1]], np.float32)
+  both = np.array([[1, 0], [0.25, 1.5], [0, 1], [0, 1]], np.float32)
   apart, joined = np.eye(2), np.array([parent, parent + child])
   for z, dictionary, whole, part in [
     (right, apart, 0, 0),
