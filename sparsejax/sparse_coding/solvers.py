@@ -466,12 +466,12 @@ def _refit(kernel, x, chosen, fits=True):
   atoms = jnp.where(jnp.reshape(fits, (-1, 1)), kernel[chosen], 0)
   atoms, lengths = _normalized(atoms)
   # The ridge is for atoms of zeros and dependent ones. What it takes off the
-  # solution the second pass gives back.
-  ridge = 10 * len(chosen) * jnp.finfo(x.dtype).eps
+  # solution the further passes give back.
+  ridge = 10 * len(chosen) ** 0.5 * jnp.finfo(x.dtype).eps
   products = _dot(atoms, atoms.T) + ridge * jnp.eye(len(chosen), dtype=x.dtype)
   factor = jnp.linalg.cholesky(products)
   values = jnp.zeros(len(chosen), x.dtype)
-  for _ in range(2):
+  for _ in range(3):
     left = _dot(atoms, x - _dot(values, atoms))
     values += jax.scipy.linalg.cho_solve((factor, True), left)
   values /= jnp.where(lengths == 0, 1, lengths)
