@@ -28,6 +28,7 @@ from experiments.bench import routing
 from experiments.bench import schedules
 from experiments.bench import select
 from experiments.bench import selection
+from experiments.bench import sparse_coding
 from experiments.bench import timing
 from experiments.bench import weights
 
@@ -42,6 +43,7 @@ _ROOMS = {
   "routing": routing,
   "post_training": post_training,
   "schedules": schedules,
+  "sparse_coding": sparse_coding,
 }
 _ONLY = flags.DEFINE_multi_enum("only", None, list(_ROOMS), "Rooms to run.")
 _CASE = flags.DEFINE_string("case", "", "What a case's name must contain.")

@@ -4,11 +4,14 @@ import sys
 
 from absl.testing import absltest
 from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
 from experiments.bench import __main__ as bench
 from experiments.bench import post_training
+from experiments.bench import sparse_coding
 from experiments.bench import timing
 from experiments.bench import weights
 from experiments.models import bert
@@ -94,6 +97,27 @@ class PostTrainingTest(absltest.TestCase):
         kernel = np.asarray(block[layer]["kernel"][...])
         self.assertAlmostEqual((kernel == 0).mean(), 0.6)
     self.assertTrue(np.all(model.blocks[0].up.kernel[...] != 0))
+
+
+class SparseCodingTest(absltest.TestCase):
+  def test_steps_are_the_same(self):
+    x = sparse_coding.normal(1, 5, sparse_coding.WIDTH)
+    (want, _), loss = jax.jit(sparse_coding.plain)(sparse_coding.start(40), x)
+    (got, _), found = jax.jit(sparse_coding.ours)(sparse_coding.start(40), x)
+    self.assertAlmostEqual(found / loss, 1, places=5)
+    # Adam's first step is a sign times the rate, 0.001, where nothing is tiny.
+    differ = jax.tree.map(lambda a, b: (abs(a - b) > 1e-4).mean(), got, want)
+    self.assertLess(max(jax.tree.leaves(differ)), 1e-3)
+
+  def test_many_in_one_program(self):
+    x = sparse_coding.normal(1, 5, sparse_coding.WIDTH)
+    states = [sparse_coding.start(40, seed) for seed in range(2)]
+    one = jax.jit(sparse_coding.ours)
+    want = [one(state, x)[1] for state in states]
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    for run in (sparse_coding.one_by_one, sparse_coding.at_once):
+      _, losses = jax.jit(run)(states, x)
+      np.testing.assert_allclose(losses, want, rtol=1e-5)
 
 
 if __name__ == "__main__":
