@@ -24,22 +24,22 @@ def get_config():
       "variants": ("l1", "gated", "jump_relu", "top_k", "batch_top_k"),
       # k, or the weight of a term of the loss.
       "levels": {
-        "l1": (1.0, 1.5, 2.5, 4.0),
-        "gated": (1.0, 1.5, 2.5, 4.0),
-        "jump_relu": (0.2, 0.4, 0.8, 1.6),
+        "l1": (1.3, 1.8, 2.5, 3.5),
+        "gated": (2.0, 3.0, 4.5, 6.5),
+        "jump_relu": (0.1, 0.4, 1.2, 4.0),
         "top_k": (8, 16, 32, 64),
         "batch_top_k": (8, 16, 32, 64),
       },
       # Others than the levels, as the constructors take them.
       "settings": {
-        "jump_relu": {"threshold": 0.1, "bandwidth": 0.1},
+        "jump_relu": {"threshold": 0.8, "bandwidth": 0.5},
         "top_k": {"dead_after": 50_000},  # tokens
         "batch_top_k": {"dead_after": 50_000},
       },
       "seeds": 3,
-      "steps": 800,
+      "steps": 600,
       "batch_size": 512,
-      "learning_rate": 1e-3,
+      "learning_rate": 3e-3,
       "log_every": 20,
       "checkpoint_every": 200,
       # The level of about this L0, and how many latents and passages of each.

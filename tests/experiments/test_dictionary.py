@@ -47,11 +47,12 @@ def config(**changes):
     variants=("l1", "top_k"),
     levels={"l1": (0.01, 0.1), "top_k": (2,)},
     seeds=2,
-    steps=6,
+    steps=10,
+    learning_rate=1e-3,
     batch_size=8,
     settings={"top_k": {"dead_after": 20}},
     log_every=2,
-    checkpoint_every=2,
+    checkpoint_every=4,
     page={"l0": 2, "latents": 4, "passages": 2},
   )
   found.update(changes)
@@ -86,11 +87,11 @@ def small():
 def finished(tmp_path_factory):
   """A run that was stopped and resumed, and where it is."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  calls = iter([False] * 3 + [True])
+  calls = iter([False] * 4 + [True])
   assert dictionary.run(config(), workdir, stopped=lambda: next(calls)) is None
   assert not (workdir / "results.jsonl").exists()
   (checkpoints,) = workdir.glob("programs/*/checkpoints")
-  assert {p.name for p in checkpoints.iterdir()} == {"2", "4"}
+  assert {p.name for p in checkpoints.iterdir()} == {"4", "5"}
   found = dictionary.run(config(), workdir)
   dictionary.write(found, config().page, workdir)
   return found, workdir
@@ -119,7 +120,9 @@ def test_a_run_tells_of_every_training(finished):
   assert (workdir / "frontier.png").stat().st_size > 1000
   assert not [*workdir.glob("programs/*/checkpoints")]
   steps = (workdir / "programs/top_k_2/metrics.jsonl").read_text()
-  assert [json.loads(line)["step"] for line in steps.splitlines()] == [2, 4, 6]
+  assert [json.loads(line)["step"] for line in steps.splitlines()] == [
+    *range(2, 11, 2)
+  ]
 
 
 def test_a_training_among_others_is_one_alone(finished):
@@ -129,8 +132,8 @@ def test_a_training_among_others_is_one_alone(finished):
   made = nnx.Rngs(jax.random.key(1))
   sae = sparse_coding.l1_sae(8, 16, weight=0.1, rngs=made)
   sae.bias[...] = store[np.arange(len(store))].mean(0)
-  # One step of falling to 0 at the end, of six.
-  rate = optax.piecewise_constant_schedule(1e-3, {5: 1})
+  # Of ten steps two fall to 0, the first from where the rate was.
+  rate = optax.piecewise_constant_schedule(1e-3, {9: 0.5})
   tx = sparse_coding.unit_norm(optax.adam(rate))
   optimizer = nnx.Optimizer(sae, tx, wrt=nnx.Param)
 
@@ -140,8 +143,8 @@ def test_a_training_among_others_is_one_alone(finished):
     optimizer.update(sae, nnx.grad(loss)(sae))
 
   rows = iter(store.batches(8, seed=1).to_iter_dataset())
-  for number in range(1, 7):
-    step(sae, optimizer, next(rows), 0.1 * min(number / 1.2, 1))
+  for number in range(1, 11):
+    step(sae, optimizer, next(rows), 0.1 * min(number / 2, 1))
   kept = sparse_coding.load(dictionary.kept_at(workdir, "l1", 0.1, 1))
   for name in ("kernel", "dictionary", "bias", "encoder_bias"):
     # Adam divides by small roots: f32 to a hundredth of a step of 1e-3.
@@ -155,7 +158,7 @@ def test_what_is_finished_stays(finished, monkeypatch):
   monkeypatch.setattr(dictionary_training, "train", None)
   again = dictionary.run(config(), workdir)
   assert again["rows"] == found["rows"]
-  with pytest.raises(ValueError, match=r"config\.steps=6, and this one has 8"):
+  with pytest.raises(ValueError, match=r"config\.steps=10, and this one has 8"):
     dictionary.run(config(steps=8), workdir)
 
 
