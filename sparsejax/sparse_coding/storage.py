@@ -45,7 +45,8 @@ def load(
   Returns:
     The module, after `eval()`. What a SAELens file says of top-k with
     activations scaled by the norms of atoms is folded into the parameters, so
-    that codes are those of SAELens.
+    that codes are those of SAELens. Of matching pursuit they are, too, as long
+    as an atom has a positive product with what is left; SAELens stops there.
 
   Raises:
     ValueError: naming the file, for what is missing, damaged, of other shapes
