@@ -24,9 +24,9 @@ def get_config():
       "variants": ("l1", "gated", "jump_relu", "top_k", "batch_top_k"),
       # k, or the weight of a term of the loss.
       "levels": {
-        "l1": (1.3, 1.8, 2.5, 3.5),
-        "gated": (2.0, 3.0, 4.5, 6.5),
-        "jump_relu": (0.1, 0.4, 1.2, 4.0),
+        "l1": (0.8, 1.3, 2.0, 3.0),
+        "gated": (1.3, 2.0, 3.2, 5.0),
+        "jump_relu": (0.02, 0.1, 0.5, 2.0),
         "top_k": (8, 16, 32, 64),
         "batch_top_k": (8, 16, 32, 64),
       },

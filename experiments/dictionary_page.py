@@ -43,7 +43,8 @@ def page(
   codes = dictionary_figures.codes(sae, store)
   density = (codes != 0).mean(0)
   order = np.argsort(-density, kind="stable")[: np.count_nonzero(density)]
-  chosen = order[np.unique(np.linspace(0, len(order) - 1, latents).astype(int))]
+  evenly = np.linspace(0, len(order) - 1, min(latents, len(order)))
+  chosen = order[evenly.astype(int)]
   atoms = np.asarray(sae.dictionary[...])
   atoms = atoms / np.maximum(np.linalg.norm(atoms, axis=1, keepdims=True), 1e-9)
   shown = [f"<a href='#{i}'>{i}</a>" for i in chosen]

@@ -286,6 +286,15 @@ def test_a_page_shows_where_latents_are_active(finished):
   assert section.count("<p>") <= 2
 
 
+def test_a_page_of_dead_latents_is_empty(figures, monkeypatch):
+  sae = sparse_coding.top_k_sae(8, 16, 3, rngs=nnx.Rngs(0))
+  none = np.zeros((len(figures.store), 16), np.float16)
+  monkeypatch.setattr(dictionary_figures, "codes", lambda *_: none)
+  page = dictionary_page.page("a & b", sae, figures.store, [], None)
+  assert "0 of 16 latents" in page and "<section" not in page
+  assert "<h1>a &amp; b</h1>" in page
+
+
 def test_passages_show_the_tokens_around_and_join_parts_of_words():
   vocabulary = {word: i for i, word in enumerate(["[UNK]", "a", "##b", "c"])}
   tokenizer = tokenizers.Tokenizer(
