@@ -109,7 +109,8 @@ def per_shard(
     """The mesh axes that cut each letter of the arguments to follow."""
     axes, taken = {}, set()
     for words, sharding in zip(names[:follow], shardings, strict=False):
-      spec = tuple(sharding.spec) + (None,) * len(words)
+      # An array that lies on no mesh may have a sharding without names.
+      spec = tuple(getattr(sharding, "spec", ())) + (None,) * len(words)
       for word, part in zip(words.split(), spec, strict=False):
         part = part if isinstance(part, tuple) else (part,) if part else ()
         letter, shards = word[0], math.prod(mesh.shape[axis] for axis in part)
