@@ -152,6 +152,7 @@ def test_terms_of_codes(name):
   check(values[name], grads[name], found, term_of_top_k(name))
 
 
+@pytest.mark.slow  # a second large program
 @pytest.mark.parametrize(
   "name",
   ["l1_loss", "DeadLatents", "NestedPrefixes", "NestedBudgets", "AllBudgets"],
