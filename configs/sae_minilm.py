@@ -1,4 +1,4 @@
-"""Sparse autoencoders of all-MiniLM-L6-v2's fourth block: half an hour.
+"""Sparse autoencoders of all-MiniLM-L6-v2's fourth block: over half an hour.
 
   python -m experiments.dictionary --config=configs/sae_minilm.py \
     --workdir=runs/sae_minilm

@@ -213,8 +213,6 @@ def test_streamed_batches_have_each_row_once():
   assert (order[:8] < 16).all() and (order != np.sort(order)).any()
   np.testing.assert_array_equal(found, take(0, window=16))
   assert (found != take(1, window=16)).any()
-  with pytest.raises(
-    ValueError, match=r"must be at least 2 \* 4, got 7"
-  ):
+  with pytest.raises(ValueError, match=r"must be at least 2 \* 4, got 7"):
     take(0, window=7)
   assert not [*activations.streamed([], 4, window=8)]
