@@ -55,9 +55,9 @@ def autoencoders() -> ml_collections.ConfigDict:
   config.learning_rate = 3e-3
   budgets, alive = (12, 24, 48), {"dead_after": 50_000}
   config.levels = {
-    "l1": (1.5, 2.2, 3.2),
-    "gated": (2.0, 3.5, 6.0),
-    "jump_relu": (0.1, 0.6, 3.0),
+    "l1": (1.0, 1.6, 2.6),
+    "gated": (1.6, 2.6, 4.2),
+    "jump_relu": (0.03, 0.3, 1.5),
     "top_k": budgets,
     "batch_top_k": budgets,
     "matryoshka": (12, 48),
@@ -65,7 +65,7 @@ def autoencoders() -> ml_collections.ConfigDict:
   }
   config.variants = tuple(config.levels)
   config.settings = {
-    "jump_relu": {"threshold": 0.6, "bandwidth": 0.5},
+    "jump_relu": {"threshold": 0.8, "bandwidth": 0.5},
     "top_k": alive,
     "batch_top_k": alive,
     "matryoshka": {"sizes": (96, 192, 384, 768), **alive},
