@@ -27,6 +27,7 @@ that was stopped goes on from its last checkpoint.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import inspect
 import json
 import pathlib
 import shutil
@@ -78,6 +79,7 @@ FIELDS = (
   "settings",
   "variants",
 )
+PAGE = ("l0", "latents", "passages")
 COLUMNS = (
   "l0",
   "explained",
@@ -98,24 +100,47 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field in COUNTS:
     if config[field] < 1:
       raise ValueError(f"config.{field} takes 1 or more; got {config[field]}.")
-  for name in config.variants:
-    if name not in dictionary_training.VARIANTS:
+  settings.check_fields("page.", config.page, takes=PAGE, required=PAGE)
+  for name, value in config.page.items():
+    whole = name != "l0"
+    if not _is_positive(value, whole):
       raise ValueError(
-        f"config.variants has {name!r}; it takes "
-        f"{', '.join(dictionary_training.VARIANTS)}."
+        f"config.page.{name} takes {_kind(whole)} above 0; got {value!r}."
       )
-    variant = dictionary_training.VARIANTS[name]
+  variants = dictionary_training.VARIANTS
+  # Those that are not chosen may stay.
+  settings.check_fields("levels.", config.levels, takes=variants)
+  settings.check_fields("settings.", config.settings, takes=variants)
+  for name in config.variants:
+    if name not in variants:
+      raise ValueError(
+        f"config.variants has {name!r}; it takes {', '.join(variants)}."
+      )
+    variant = variants[name]
     takes, needs = variant.settings
     own = config.settings.get(name, {})
     field = f"settings.{name}."
     settings.check_fields(field, own, takes=takes, required=needs)
     levels = tuple(config.levels.get(name, ()))
     most = config.latents if variant.level == "k" else np.inf
-    if not levels or not all(0 < level <= most for level in levels):
+    # A k that is one on average is a float there.
+    parameter = inspect.signature(variant.make).parameters[variant.level]
+    whole = parameter.annotation is int
+    if not levels or not all(
+      _is_positive(x, whole) and x <= most for x in levels
+    ):
       raise ValueError(
-        f"config.levels.{name} takes numbers above 0, which as k are at most "
-        f"config.latents={config.latents}; got {levels}."
+        f"config.levels.{name} takes {_kind(whole)} above 0, which as k are at "
+        f"most config.latents={config.latents}; got {levels}."
       )
+
+
+def _is_positive(value, whole):
+  return isinstance(value, int if whole else (int, float)) and value > 0
+
+
+def _kind(whole):
+  return "integers" if whole else "numbers"
 
 
 def split(
@@ -130,7 +155,8 @@ def split(
     pairs, calibration=1, evaluation=config.pairs, seed=0
   )
   sides = [[x[i] for i in held] for x in (pairs.signatures, pairs.docstrings)]
-  texts = [x for x in activations.paragraphs() if x not in set(sides[1])]
+  compared = set(sides[1])
+  texts = [x for x in activations.paragraphs() if x not in compared]
   order = np.random.default_rng(0).permutation(len(texts))[: config.texts]
   found = {"training": [], "validation": []}
   for i in order:

@@ -8,6 +8,7 @@ import types
 
 from flax import nnx
 import jax
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -180,9 +181,15 @@ def test_a_truncated_store_is_refused(finished, tmp_path):
     ({"variants": ("l2",)}, r"variants has 'l2'; it takes l1, .*top_k"),
     ({"levels": {"top_k": (2, 17)}}, r"top_k .*\.latents=16; got \(2, 17\)"),
     ({"levels": {"l1": (0.0,)}}, r"levels\.l1 takes numbers above 0"),
-    ({"variants": ("mp",)}, r"levels\.mp takes numbers"),
+    ({"levels": {"top_k": (2, 8.5)}}, r"top_k takes integers .*\(2, 8\.5\)"),
+    ({"levels": {"topk": (2,)}}, r"levels\.topk is not .* takes .*top_k"),
+    ({"variants": ("mp",)}, r"levels\.mp takes integers .*got \(\)"),
     ({"variants": ("ort",)}, r"settings\.ort\.chunks is missing"),
     ({"settings": {"top_k": {"rate": 1}}}, r"settings\.top_k\.rate is not"),
+    ({"settings": {"topk": {}}}, r"settings\.topk is not .* takes .*top_k"),
+    ({"page": {"l0": 0}}, r"page\.l0 takes numbers above 0; got 0"),
+    ({"page": {"passages": -1}}, r"page\.passages takes integers .*got -1"),
+    ({"page": {"L0": 2}}, r"page\.L0 is not .* takes l0, latents, passages"),
     ({"steps": 0}, r"steps takes 1 or more; got 0"),
     ({"lr": 1}, r"config\.lr is not a setting"),
   ],
@@ -191,6 +198,21 @@ def test_a_wrong_config_is_refused(changes, error, tmp_path):
   with pytest.raises(ValueError, match=error):
     dictionary.run(config(**changes), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_a_page_and_levels_are_of_the_right_kind():
+  given = config(variants=("batch_top_k",))
+  given.levels.batch_top_k = (8.5,)  # on average
+  given.page = ml_collections.ConfigDict(
+    {"l0": 2.5, "latents": 4, "passages": 2}
+  )
+  dictionary.check(given)
+  del given.page.passages
+  with pytest.raises(ValueError, match=r"page\.passages is missing"):
+    dictionary.check(given)
+  given.page.passages = 2.5
+  with pytest.raises(ValueError, match=r"passages takes integers .*got 2\.5"):
+    dictionary.check(given)
 
 
 def test_the_config_is_right():
