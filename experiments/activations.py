@@ -215,15 +215,7 @@ def write(
       width = width or rows.shape[1]
       if rows.shape[1] != width:
         raise ValueError(f"rows must be [n, {width}], got {list(rows.shape)}")
-      with np.errstate(over="ignore"):  # an infinity is told of below
-        rows = np.asarray(rows).astype(jnp.dtype(dtype))
-      finite = np.isfinite(rows.astype(np.float32)).all(1)
-      if not finite.all():
-        bad = finite.argmin()
-        raise ValueError(
-          f"activations must be finite in {dtype}; those of token "
-          f"{place[1][bad]} of text {place[0][bad]} are not"
-        )
+      rows = _finite(rows, *place, dtype)
       if name is None or shards[name] >= shard:
         name = f"{len(shards):05d}"
         shards[name] = 0
@@ -245,6 +237,20 @@ def write(
       "about": dict(about),
     }
     files.write(path / META, json.dumps(meta, indent=2) + "\n")
+
+
+def _finite(rows, text, token, dtype):
+  """The rows in the dtype, where all of them are finite."""
+  with np.errstate(over="ignore"):  # an infinity is told of below
+    rows = np.asarray(rows).astype(jnp.dtype(dtype))
+  finite = np.isfinite(rows).all(1)
+  if not finite.all():
+    bad = finite.argmin()
+    raise ValueError(
+      f"activations must be finite in {dtype}; those of token {token[bad]} of "
+      f"text {text[bad]} are not"
+    )
+  return rows
 
 
 def describe(
@@ -286,13 +292,19 @@ def collect(
 
   Raises:
     ValueError: the model has no such module, the directory holds something
-      else, or activations are not finite.
+      else or in another dtype, or activations are not finite.
   """
   about = describe(loaded, layer, texts, length)
   if not pathlib.Path(directory).exists():
     batches = prune.batches_of(loaded.tokenizer, texts, length)
     write(directory, rows(loaded.model, layer, batches), about, dtype=dtype)
-  return Store(directory, about)
+  store = Store(directory, about)
+  if store.meta["dtype"] != dtype:
+    raise ValueError(
+      f"{directory} keeps activations in {store.meta['dtype']!r}, not in "
+      f"{dtype!r}; give another directory, or delete it to make it anew"
+    )
+  return store
 
 
 def rows(model: nnx.Module, layer: str, texts: prune.Texts) -> Iterator[Part]:
@@ -328,9 +340,10 @@ def streamed(
     seed: of their order.
 
   Raises:
-    ValueError: the window holds less than two batches.
+    ValueError: the window holds less than two batches, or rows are not finite.
 
-  >>> parts = [(np.arange(6.0).reshape(6, 1), None, None)] * 2
+  >>> at = np.arange(6)
+  >>> parts = [(np.ones((6, 1)), at, at)] * 2
   >>> [len(batch) for batch in streamed(parts, 2, window=4)]
   [2, 2, 2, 2, 2, 2]
   """
@@ -345,8 +358,8 @@ def streamed(
     held = [whole[given:]]
     return whole[:given].reshape(-1, size, whole.shape[1])
 
-  for found, *_ in parts:
-    held.append(np.asarray(found))
+  for found, *place in parts:
+    held.append(_finite(found, *place, found.dtype))
     if sum(map(len, held)) >= window:
       yield from shuffled(0.5)
   if held:

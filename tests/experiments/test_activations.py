@@ -109,6 +109,9 @@ def test_what_is_not_finite_leaves_nothing(tmp_path, value, dtype):
   with pytest.raises(ValueError, match=error):
     activations.write(tmp_path / "store", rows, ABOUT, dtype=dtype)
   assert not list(tmp_path.iterdir())
+  kept = [(jnp.asarray(x).astype(dtype), *place) for x, *place in rows]
+  with pytest.raises(ValueError, match=error):
+    next(activations.streamed(kept, 4, window=12))
 
 
 def test_wrong_parts_are_refused(tmp_path):
@@ -179,6 +182,9 @@ def test_a_store_is_made_once_and_of_one_model(loaded, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(activations, "rows", None)
     np.testing.assert_array_equal(collect()[np.arange(4)], before[range(4)])
+  error = "in 'float16', not in 'float32'; give another directory"
+  with pytest.raises(ValueError, match=error):
+    collect(dtype="float32")
   with pytest.raises(ValueError, match="of text="):
     collect(texts=["the mean", "of x"])
   other = nnx.clone(loaded.model)
