@@ -101,7 +101,7 @@ class Autoencoder(nnx.Module):
     self.dictionary = nnx.Param(atoms, **metadata)
     kernel = bias = None
     if solver is None and not tied:
-      kernel = atoms
+      kernel = jnp.copy(atoms)  # or donating both would donate one twice
       if outputs is not None:
         kernel = jax.random.normal(rngs.params(), (latents, width), dtype)
         kernel /= jnp.linalg.norm(kernel, axis=1, keepdims=True)
@@ -344,12 +344,13 @@ def _norms(atoms):
 def _idle(idle, code):
   """Rows since each latent was last active, after a code of further rows."""
   if isinstance(code, codes.Code):
-    hits = (code.values != 0).reshape(-1)
+    hits = (jnp.abs(code.values) > 0).reshape(-1)
     active = jnp.zeros(idle.shape, bool)
     active = active.at[code.indices.reshape(-1)].max(hits)
     rows = math.prod(code.values.shape[:-1])
   else:
-    active = (code != 0).reshape(-1, code.shape[-1]).any(0)
+    # NaN is no activity, or one row of it would revive all latents.
+    active = (jnp.abs(code) > 0).reshape(-1, code.shape[-1]).any(0)
     rows = math.prod(code.shape[:-1])
   # Not beyond what an int32 holds.
   return jnp.where(active, 0, jnp.minimum(idle, 2**30) + rows)

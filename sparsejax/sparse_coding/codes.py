@@ -106,7 +106,7 @@ def encode_top_k(
     The Code.
 
   Raises:
-    ValueError: for a k that does not fit.
+    ValueError: for a k or shapes that do not fit.
 
   Example:
     >>> code = encode_top_k(jnp.ones(2), jnp.eye(2), jnp.array([0.0, 1.0]), 1)
@@ -114,6 +114,12 @@ def encode_top_k(
     [0.0, 2.0]
   """
   check_k(k, len(kernel))
+  if x.shape[-1:] != kernel.shape[1:] or bias.shape != kernel.shape[:1]:
+    shapes = [list(array.shape) for array in (x, kernel, bias)]
+    raise ValueError(
+      "x, kernel and bias must be [..., width], [latents, width] and "
+      f"[latents], got {shapes}"
+    )
   _, values, indices = chosen(x, kernel, bias, k, scores)
   values = with_gradients(values, indices, x, kernel, bias)
   return Code(values, indices, len(kernel))
@@ -129,11 +135,20 @@ def decode(code: Code | Array, dictionary: Array) -> Array:
   Returns:
     [..., width].
 
+  Raises:
+    ValueError: for a code of another number of latents.
+
   Example:
     >>> code = Code(jnp.array([2.0, 1.0]), jnp.array([2, 0]), 3)
     >>> decode(code, jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 1.0]])).tolist()
     [1.0, 2.0]
   """
+  latents = code.latents if isinstance(code, Code) else code.shape[-1]
+  if latents != len(dictionary):
+    raise ValueError(
+      f"code must be of the {len(dictionary)} latents of the dictionary, got "
+      f"{latents}"
+    )
   if isinstance(code, Code):
     return weighted_sum(code.values, code.indices, dictionary)
   return code @ dictionary
@@ -178,13 +193,13 @@ def _largest(x, k, chunk):
   # Chunks of neighbors, so that among equal ones lower means lower indices.
   x = jnp.pad(x, ((0, 0), (0, -m % chunk)), constant_values=-jnp.inf)
   x = x.reshape(n, -(-m // chunk), chunk)
-  best = x.max(-1).astype(jnp.float32)
+  best = x.max(-1).astype(_accumulator(x))
   # Each of k groups has one that is at least the floor.
   group = best.shape[1] // k
   groups = best[:, : group * k].reshape(n, group, k)
   best, chosen = lax.top_k(above(best, groups.max(1).min(1)), k)
   chosen = jnp.sort(chosen, axis=1)
-  x = take(x, chosen[..., None]).reshape(n, k * chunk).astype(jnp.float32)
+  x = take(x, chosen[..., None]).reshape(n, k * chunk).astype(best.dtype)
   _, at = lax.top_k(above(x, best[:, -1]), k)
   return take(chosen, at // chunk) * chunk + at % chunk
 

@@ -203,9 +203,9 @@ def to_jump_relu(
     scores = jax.nn.relu(autoencoder.pre(x)).astype(jnp.float32)
     scores = scores * norms if norm_aware else scores
     threshold = _between(scores, (z != 0).sum())
-  threshold = jnp.broadcast_to(
-    jnp.asarray(threshold, jnp.float32), (autoencoder.latents,)
-  )
+  # Of a BatchTopK that no batch has set it is -1; what is negative never stays.
+  threshold = jnp.maximum(jnp.asarray(threshold, jnp.float32), 0)
+  threshold = jnp.broadcast_to(threshold, (autoencoder.latents,))
   made = _copy(autoencoder)
   made.score = None
   made.sparsifier = sparsifiers.JumpReLU(

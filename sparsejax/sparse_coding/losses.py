@@ -209,6 +209,8 @@ class NestedPrefixes:
 
   Args:
     sizes: how many latents each has, rising; the last is all of them.
+    normalized: whether errors are shares of the variance of the target, as
+      those of `normalized_error` and `DeadLatents`.
 
   Raises:
     ValueError: for sizes that do not rise, or do not end with all latents.
@@ -218,6 +220,7 @@ class NestedPrefixes:
   """
 
   sizes: tuple[int, ...]
+  normalized: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, "sizes", tuple(self.sizes))
@@ -232,6 +235,8 @@ class NestedPrefixes:
     for start, end in zip((0, *self.sizes), self.sizes):
       error = error - _made_by(found, start, end)
       loss += _mean_square(error)
+    if self.normalized:
+      loss *= len(found.target) / _spread(found.target)
     return loss
 
 
@@ -420,7 +425,8 @@ def _prefix_forward(values, indices, atoms, error):
     return (error, total + (error**2).sum()), None
 
   columns = (values.T, indices.T)
-  (last, total), _ = lax.scan(take_off, (error, jnp.zeros(())), columns)
+  start = (error, jnp.zeros((), jnp.float32))
+  (last, total), _ = lax.scan(take_off, start, columns)
   return total, (values, indices, atoms, last)
 
 
@@ -431,7 +437,8 @@ def _prefix_backward(kept, given):
     error, later, to_atoms = carry
     value, index = one
     later = later + 2 * given * error  # of all budgets from this one on
-    to_atoms = to_atoms.at[index].add(-value[:, None] * later)
+    taken = value.astype(jnp.float32)[:, None] * later
+    to_atoms = to_atoms.at[index].add(-taken)
     to_value = -(later * atoms[index]).sum(-1)
     error = error + _scaled(atoms, index, value)
     return (error, later, to_atoms), to_value
@@ -447,7 +454,8 @@ def _prefix_backward(kept, given):
 
 
 def _scaled(atoms, index, value):
-  return value.astype(jnp.float32)[:, None] * atoms[index]
+  scaled = value[:, None].astype(jnp.float32) * atoms[index]
+  return scaled.astype(jnp.float32)
 
 
 _prefix_squares.defvjp(_prefix_forward, _prefix_backward)

@@ -307,7 +307,8 @@ def matryoshka_sae(
   Source: matryoshka-sae, Learning Multi-Level Features with Matryoshka Sparse
   Autoencoders, section 3. Prefixes are given; the paper also draws them.
   """
-  error = losses.NestedPrefixes(tuple(sizes))
+  # Or the auxiliary term, which is a share, would not count.
+  error = losses.NestedPrefixes(tuple(sizes), normalized=True)
   return Autoencoder(
     width,
     latents,

@@ -377,7 +377,7 @@ def ablate(code: Code | Array, latents: Array | Sequence[int] | int):
     A code of the same kind.
 
   Raises:
-    ValueError: for indices that are no integers.
+    ValueError: for indices that are no integers, or that no latent has.
 
   Example:
     >>> ablate(jnp.array([[1.0, 2.0, 3.0]]), [0, 2]).tolist()
@@ -386,6 +386,10 @@ def ablate(code: Code | Array, latents: Array | Sequence[int] | int):
   latents = jnp.asarray(latents)
   if not jnp.issubdtype(latents.dtype, jnp.integer):
     raise ValueError(f"latents must be integers, got {latents.dtype}")
+  many = code.latents if isinstance(code, Code) else code.shape[-1]
+  known = not isinstance(latents, jax.core.Tracer)
+  if known and not ((latents >= 0) & (latents < many)).all():
+    raise ValueError(f"latents must be from 0 to {many - 1}, got {latents}")
   if isinstance(code, Code):
     gone = jnp.isin(code.indices, latents)
     return dataclasses.replace(code, values=jnp.where(gone, 0, code.values))
@@ -398,8 +402,8 @@ class Statistics:
   """What the metrics of many batches are made of, as sums over all rows.
 
   Attributes:
-    rows: f32 scalar, how many so far.
-    active: f32 [latents], in how many of them each latent was active.
+    rows: int32 scalar, how many so far.
+    active: int32 [latents], in how many of them each latent was active.
     mean: f32 [width], of x.
     spread: f32 scalar, the sum of the squared distances of x from its mean.
     error: f32 scalar, of the squared errors.
@@ -427,9 +431,10 @@ class Statistics:
   @classmethod
   def zeros(cls, width: int, latents: int) -> "Statistics":
     """Those of no rows."""
-    zero = jnp.zeros((), jnp.float32)
-    active, mean = (jnp.zeros(n, jnp.float32) for n in (latents, width))
-    return cls(zero, active, mean, zero, zero, zero, zero)
+    zero, mean = jnp.zeros((), jnp.float32), jnp.zeros(width, jnp.float32)
+    # Counts in f32 would stop at 2**24.
+    rows, active = jnp.zeros((), jnp.int32), jnp.zeros(latents, jnp.int32)
+    return cls(rows, active, mean, zero, zero, zero, zero)
 
   def add(
     self,
@@ -462,21 +467,22 @@ class Statistics:
       )
     x, reconstruction = _pair(x, reconstruction)
     active = _active_rows(code, valid)
-    count = jnp.float32(math.prod(lead))
+    count = jnp.int32(math.prod(lead))
     if valid is not None:
       kept = valid[..., None]
       x, reconstruction = (jnp.where(kept, y, 0) for y in (x, reconstruction))
-      count = kept.sum(dtype=jnp.float32)
+      count = kept.sum(dtype=jnp.int32)
     # By the batch's own mean: squares less the square of the mean would lose
     # all digits where the mean is large.
     rows = self.rows + count
     mean = x.sum(axes) / jnp.maximum(count, 1)
     around = x - mean if valid is None else jnp.where(kept, x - mean, 0)
-    apart, weight = mean - self.mean, count / jnp.maximum(rows, 1)
+    weight = count.astype(jnp.float32) / jnp.maximum(rows, 1)
+    apart = mean - self.mean
     between = self.rows * weight * (apart**2).sum()
     return Statistics(
       rows=rows,
-      active=self.active + active,
+      active=self.active + active.astype(jnp.int32),
       mean=self.mean + weight * apart,
       spread=self.spread + (around**2).sum() + between,
       error=self.error + ((x - reconstruction) ** 2).sum(),
@@ -487,7 +493,7 @@ class Statistics:
   @property
   def density(self) -> Array:
     """See `density`."""
-    return self.active / self.rows
+    return self.active.astype(jnp.float32) / self.rows
 
   @property
   def l0(self) -> Array:

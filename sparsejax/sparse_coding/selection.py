@@ -70,8 +70,8 @@ def feature_choice(pre: Array, counts: Array) -> Array:
 
   Args:
     pre: pre-activations, floating [..., latents].
-    counts: int [latents], how many rows each latent is given; see
-      `zipf_counts`.
+    counts: int [latents], how many rows each latent is given, at most all
+      there are; see `zipf_counts`.
 
   Returns:
     Like pre: what is kept and positive, else 0. Equal ones go to the first row.
@@ -93,7 +93,8 @@ def feature_choice(pre: Array, counts: Array) -> Array:
       f"counts must be [{pre.shape[-1]}], got {list(counts.shape)}"
     )
   z = jax.nn.relu(pre).reshape(-1, pre.shape[-1])
-  mask = select.top_k_mask(lax.stop_gradient(z), counts[None], axis=0)
+  counts = jnp.minimum(counts, len(z))[None]
+  mask = select.top_k_mask(lax.stop_gradient(z), counts, axis=0)
   return kept(mask, z).reshape(pre.shape)
 
 

@@ -65,8 +65,8 @@ class TopK(Sparsifier):
   Args:
     k: of a row, static.
     schedule: None, or a function of the training step that gives how many are
-      kept, such as `optax.linear_schedule(latents, k, 1000)`, until it gives k;
-      the code is dense then, and nothing compiles again as k changes.
+      kept, such as `optax.linear_schedule(latents, k, 1000)`. The code is dense
+      then, in all of training, and nothing compiles again as k changes.
 
   Source: topk-sae, Scaling and evaluating sparse autoencoders, section 2.3;
   llama-scope and csrv2 for the schedule.
@@ -141,6 +141,8 @@ class BatchTopK(Sparsifier):
 class FeatureChoice(Sparsifier):
   """Of each latent the rows in which it is largest; see `feature_choice`.
 
+  A row's code depends on the rows beside it, after `eval()` as well.
+
   Args:
     counts: int [latents], how many rows of a batch each latent is given.
 
@@ -176,6 +178,8 @@ class JumpReLU(Sparsifier):
     if isinstance(threshold, (int, float)) and not threshold > 0:
       raise ValueError(f"threshold must be positive, got {threshold}")
     start = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (latents,))
+    if not isinstance(start, jax.core.Tracer) and not (start >= 0).all():
+      raise ValueError(f"threshold must not be negative, got {threshold}")
     self.log_threshold = nnx.Param(jnp.log(start))
     self.bandwidth = bandwidth
 

@@ -102,7 +102,7 @@ def save(path: str | os.PathLike, autoencoder: Autoencoder) -> None:
     path: of the directory, which is made where it is not there; what is there
       of the same names is replaced.
     autoencoder: with ReLU, TopK, BatchTopK, JumpReLU or Gated, or with a solver
-      that is `functools.partial(matching_pursuit, k=...)`.
+      that is `functools.partial(matching_pursuit, k=..., signed=True)`.
 
   Raises:
     ValueError: for what SAELens has not.
@@ -142,12 +142,16 @@ class _Settings:
     if not isinstance(self.fields, dict):
       raise ValueError(f"{self.file} must hold fields by name")
 
-  def size(self, field: str) -> int:
+  def size(self, field: str, most: int | None = None) -> int:
     """A positive integer."""
     value = self.fields.get(field)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
       raise ValueError(
         f"{self.file}: {field} must be a positive integer, got {value!r}"
+      )
+    if most is not None and value > most:
+      raise ValueError(
+        f"{self.file}: {field} must be up to {most}, got {value}"
       )
     return value
 
@@ -164,14 +168,19 @@ class _Settings:
 def _saelens(settings, tensors):
   """How to make the module, and its parameters by name."""
   kind = settings.one_of("architecture", None, tuple(_SPARSIFIERS))
-  settings.one_of("normalize_activations", "none", ("none", None))
+  settings.one_of("normalize_activations", "none", ("none", None, False))
+  # Of files before SAELens 6, where it could be top-k.
+  for field in ("activation_fn", "activation_fn_str"):
+    settings.one_of(field, "relu", ("relu",))
   # What is reshaped are heads, which the caller's last axis already joins.
   settings.one_of("reshape_activations", "none", ("none", "hook_z"))
   width, latents = settings.size("d_in"), settings.size("d_sae")
   transcoder, skip = "transcoder" in kind, "skip" in kind
   outputs = settings.size("d_out") if transcoder else None
   centers = settings.one_of(
-    "apply_b_dec_to_input", not transcoder, (True, False)
+    "apply_b_dec_to_input",
+    not transcoder,
+    (False,) if transcoder else (True, False),
   )
   params = {
     "dictionary": tensors.pop("W_dec", None),
@@ -182,6 +191,7 @@ def _saelens(settings, tensors):
     settings.one_of("residual_threshold", 0.0, (0.0,))
     settings.one_of("stop_on_duplicate_support", False, (False,))
     steps = settings.size("max_iterations")
+    _check_unit(settings.file, params["dictionary"])
     given["solver"] = functools.partial(
       solvers.matching_pursuit, k=steps, signed=True
     )
@@ -232,7 +242,9 @@ _RELU = lambda settings, latents: sparsifiers.ReLU()
 _JUMP_RELU = lambda settings, latents: sparsifiers.JumpReLU(latents)
 _SPARSIFIERS: dict[str, Callable | None] = {
   "standard": _RELU,
-  "topk": lambda settings, latents: sparsifiers.TopK(settings.size("k")),
+  "topk": lambda settings, latents: sparsifiers.TopK(
+    settings.size("k", latents)
+  ),
   "jumprelu": _JUMP_RELU,
   "gated": lambda settings, latents: sparsifiers.Gated(latents),
   "matching_pursuit": None,
@@ -246,10 +258,12 @@ _SPARSIFIERS: dict[str, Callable | None] = {
 def _sparsify(settings, tensors):
   """How to make the module, and its parameters by name."""
   settings.one_of("activation", "topk", ("topk",))
-  width, k = settings.size("d_in"), settings.size("k")
+  settings.one_of("signed", False, (False,))
+  width = settings.size("d_in")
   latents = settings.fields.get("num_latents") or (
     width * settings.size("expansion_factor")
   )
+  k = settings.size("k", latents)
   transcodes = settings.one_of("transcode", False, (True, False))
   skip = settings.one_of("skip_connection", False, (True, False))
   params = {
@@ -312,6 +326,18 @@ def _fold(params):
     params["encoder_bias"] = params["encoder_bias"] * norms
 
 
+def _check_unit(where, atoms):
+  """SAELens's matching pursuit takes products with atoms as they are."""
+  if atoms is None:
+    return  # which is said later
+  norms = np.linalg.norm(atoms, axis=-1)
+  if not np.allclose(norms, 1, atol=1e-3):
+    raise ValueError(
+      f"{where}: atoms of matching pursuit must have norm 1, got {norms.min()} "
+      f"to {norms.max()}"
+    )
+
+
 def _transposed(x):
   return None if x is None else x.T
 
@@ -324,9 +350,12 @@ def _refuse_rest(file, tensors):
 def _arrays(file):
   """What a npz file holds; pickles are refused."""
   try:
-    with np.load(file, allow_pickle=False) as found:
+    found = np.load(file, allow_pickle=False)
+    if not isinstance(found, np.lib.npyio.NpzFile):
+      raise ValueError("an array, and no archive of some")
+    with found:
       return {name: found[name] for name in found.files}
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
     raise ValueError(
       f"{file} is truncated, damaged or no npz: {error}"
     ) from error
@@ -362,10 +391,13 @@ def _described(autoencoder):
   tensors = {"W_dec": dictionary, "b_dec": autoencoder.bias[...]}
   if autoencoder.solver is not None:
     solver = autoencoder.solver
-    if getattr(solver, "func", None) is not solvers.matching_pursuit:
+    ours = getattr(solver, "func", None) is solvers.matching_pursuit
+    if not (ours and solver.keywords.get("signed") and autoencoder.centers):
       raise ValueError(
-        f"autoencoder has the solver {solver}, which SAELens has not"
+        f"autoencoder has the solver {solver}, SAELens a matching_pursuit with "
+        "signed=True, of centered inputs"
       )
+    _check_unit("autoencoder", np.asarray(dictionary, np.float32))
     settings = {
       "max_iterations": solver.keywords["k"],
       "residual_threshold": 0.0,
@@ -385,6 +417,11 @@ def _described(autoencoder):
   elif isinstance(sparsifier, sparsifiers.TopK):
     kind = "topk"
     aware = autoencoder.score is norm_aware
+    if autoencoder.score is not None and not aware:
+      raise ValueError(
+        f"autoencoder has the score {autoencoder.score}, SAELens `norm_aware` "
+        "or none"
+      )
     settings = {"k": sparsifier.k, "rescale_acts_by_decoder_norm": aware}
   elif isinstance(sparsifier, sparsifiers.Gated):
     kind = "gated"

@@ -427,3 +427,19 @@ Autoencoder = functools.partial(sparse_coding.Autoencoder, rngs=nnx.Rngs(0))
 def test_what_does_not_fit(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_a_new_one_may_be_donated():
+  sae = sparse_coding.Autoencoder(D, M, rngs=nnx.Rngs(0))
+  _, state = nnx.split(sae)
+  run = jax.jit(
+    lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0
+  )
+  assert jax.tree.leaves(run(state))
+
+
+def test_nan_revives_no_latent():
+  sae = sparse_coding.Autoencoder(D, M, rngs=nnx.Rngs(0))
+  sae.idle[...] = jnp.full(M, 100)
+  sae.loss(jnp.full((3, D), jnp.nan))
+  assert (sae.idle[...] == 103).all()

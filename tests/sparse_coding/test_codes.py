@@ -234,3 +234,19 @@ def test_a_k_that_does_not_fit(k):
 def test_integers():
   with pytest.raises(ValueError, match="pre must be floating, got int32"):
     sparse_coding.top_k(jnp.arange(4), 1)
+
+
+def test_choices_in_float64():
+  with jax.enable_x64(True):
+    pre = jnp.ones((1, 64), jnp.float64).at[0, 40].add(1e-10)
+    assert codes.largest(pre, 1).tolist() == [[40]]
+
+
+def test_arrays_of_other_widths():
+  kernel, bias = jnp.ones((4, 3)), jnp.zeros(4)
+  with pytest.raises(ValueError, match=r"got \[\[2, 5\], \[4, 3\], \[4\]\]"):
+    codes.encode_top_k(jnp.ones((2, 5)), kernel, bias, 1)
+  code = codes.top_k(jnp.ones((2, 6)), 1)
+  for latents in (code, code.dense()):
+    with pytest.raises(ValueError, match=r"the 4 latents .* got 6"):
+      codes.decode(latents, kernel)

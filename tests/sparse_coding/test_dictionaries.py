@@ -215,3 +215,16 @@ def test_what_is_not_exported():
   sae = given.autoencoder(FOUND, sparse_coding.TopK(3), score=score)
   with pytest.raises(ValueError, match="score must be norm_aware or None"):
     sparse_coding.to_jump_relu(sae, X)
+
+
+def test_to_jump_relu_of_a_threshold_that_no_batch_set():
+  sae = sparse_coding.Autoencoder(
+    D, M, sparse_coding.BatchTopK(2), rngs=nnx.Rngs(0)
+  )
+  threshold = sae.sparsifier.threshold[...]
+  assert threshold < 0
+  made = sparse_coding.to_jump_relu(sae, threshold=threshold)
+  x = jax.random.normal(jax.random.key(0), (7, D))
+  close(made.encode(x), jax.nn.relu(made.pre(x)))
+  with pytest.raises(ValueError, match="threshold must not be negative"):
+    sparse_coding.JumpReLU(2, threshold=jnp.array([-1.0, 1.0]))

@@ -425,3 +425,31 @@ def test_a_dense_code_has_no_budgets_of_its_own():
   found = given.arrays()
   with pytest.raises(ValueError, match="k must be given where codes are dense"):
     losses.AllBudgets()(a_pass(jnp.ones((N, M)), found))
+
+
+def test_prefixes_as_shares_do_not_depend_on_the_scale():
+  sae = sparse_coding.Autoencoder(
+    D,
+    M,
+    losses={losses.NestedPrefixes((2, M), normalized=True): 1.0},
+    rngs=nnx.Rngs(0),
+  )
+  x = jax.random.normal(jax.random.key(0), (9, D))
+  loss, larger = (sae.loss(scale * x)[0] for scale in (1.0, 100.0))
+  close(loss, larger)
+  sae.losses = ((losses.NestedPrefixes((2, M)), 1.0),)
+  error, _ = sae.loss(x)
+  close(loss, error * len(x) / ((x - x.mean(0)) ** 2).sum())
+
+
+def test_all_budgets_in_float64():
+  with jax.enable_x64(True):
+    sae = sparse_coding.hierarchical_top_k_sae(
+      D, M, 3, dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (9, D), jnp.float64)
+    loss = lambda sae: sae.loss(x)[0]
+    grads = nnx.grad(loss)(sae)
+    assert grads.dictionary[...].dtype == jnp.float64
+    wide = grads.dictionary[...]
+  assert np.isfinite(wide).all()

@@ -323,3 +323,19 @@ def test_errors():
     sparse_coding.absorption(*good, share_threshold=0)
   with pytest.raises(ValueError, match="most must be"):
     sparse_coding.absorption_fraction(*good, most=0)
+
+
+def test_counts_do_not_stop():
+  found = sparse_coding.Statistics.zeros(2, 3)
+  found = dataclasses.replace(
+    found, rows=jnp.int32(2**24), active=jnp.full(3, 2**24, jnp.int32)
+  )
+  x = jnp.ones((1, 2))
+  found = found.add(x, x, jnp.ones((1, 3)))
+  assert found.rows == 2**24 + 1 and (found.active == 2**24 + 1).all()
+
+
+def test_ablation_of_latents_that_there_are_not():
+  for latents in ([-1], [3]):
+    with pytest.raises(ValueError, match="latents must be from 0 to 2"):
+      sparse_coding.ablate(jnp.ones((1, 3)), latents)

@@ -191,3 +191,10 @@ def test_scores():
   plain = oracle.relu(pre)
   close(selection.gradient_aware(atoms, slope, 0.0)(pre), plain)
   close(selection.gradient_aware(atoms, None, 0.7)(pre), plain)
+
+
+def test_latents_that_are_given_more_rows_than_there_are():
+  pre = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+  counts = jnp.array([5, 1])
+  for run in (selection.feature_choice, jax.jit(selection.feature_choice)):
+    assert run(pre, counts).tolist() == [[1.0, 0.0], [3.0, 4.0]]

@@ -1,5 +1,6 @@
 """Files of other libraries, read to what these make of them, and written."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -133,12 +134,19 @@ def change(directory, **fields):
     ({"architecture": "temporal"}, "architecture must be one of"),
     ({"d_sae": 15}, r"dictionary must be \[15, 6\], got \[16, 6\]"),
     ({"d_in": True}, "d_in must be a positive integer, got True"),
-    ({"k": 17}, None),
+    ({"k": 17}, "k must be up to 16, got 17"),
     ({"k": None}, "k must be a positive integer, got None"),
     ({"architecture": "standard", "d_in": 5}, r"must be \[5\], got \[6\]"),
     ({"normalize_activations": "layer_norm"}, "normalize_activations must be"),
     ({"architecture": "gated"}, "gate_bias|no place"),
-    ({"architecture": "skip_transcoder", "d_out": 6}, "skip must be"),
+    (
+      {
+        "architecture": "skip_transcoder",
+        "d_out": 6,
+        "apply_b_dec_to_input": False,
+      },
+      "skip must be",
+    ),
   ],
 )
 def test_settings_that_do_not_fit(copied, fields, says):
@@ -183,3 +191,53 @@ def test_what_saelens_has_not(tmp_path):
   for autoencoder, says in ((crosscoder, "Crosscoder"), (chosen, "Choice")):
     with pytest.raises(ValueError, match=says):
       sparse_coding.save(tmp_path, autoencoder)
+
+
+@pytest.mark.parametrize(
+  "name, fields, says",
+  [
+    ("sae_lens/standard", {"activation_fn_str": "topk"}, "activation_fn_str"),
+    ("sae_lens/transcoder", {"apply_b_dec_to_input": True}, "apply_b_dec"),
+    ("sparsify/topk", {"signed": True}, "signed must be one of"),
+    ("sparsify/topk", {"k": 17}, "k must be up to 16, got 17"),
+  ],
+)
+def test_settings_that_mean_something_else(name, fields, says, tmp_path):
+  directory = shutil.copytree(DATA / name, tmp_path / "copy")
+  change(directory, **fields)
+  with pytest.raises(ValueError, match=says):
+    sparse_coding.load(directory)
+
+
+def test_only_matching_pursuit_as_saelens_has_it(tmp_path):
+  unsigned = functools.partial(sparse_coding.matching_pursuit, k=2)
+  sae = sparse_coding.Autoencoder(6, 8, solver=unsigned, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="signed=True"):
+    sparse_coding.save(tmp_path, sae)
+  sae = sparse_coding.mp_sae(6, 8, 2, rngs=nnx.Rngs(0))
+  sae.dictionary[...] *= 2
+  with pytest.raises(ValueError, match="must have norm 1"):
+    sparse_coding.save(tmp_path, sae)
+  path = shutil.copytree(DATA / "sae_lens/matching_pursuit", tmp_path / "long")
+  tensors = tensor_files.read(path / "sae_weights.safetensors")[1]
+  tensors["W_dec"] = 2 * tensors["W_dec"]
+  tensor_files.write(path / "sae_weights.safetensors", tensors, {})
+  with pytest.raises(ValueError, match="norm 1"):
+    sparse_coding.load(path)
+
+
+def test_scores_that_saelens_has_not(tmp_path):
+  sae = sparse_coding.gradient_sae(6, 8, 2, beta=1.0, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="score"):
+    sparse_coding.save(tmp_path, sae)
+
+
+@pytest.mark.parametrize("kind", ["empty", "array"])
+def test_files_that_are_no_archives(kind, tmp_path):
+  path = tmp_path / "params.npz"
+  path.touch()
+  if kind == "array":
+    with path.open("wb") as file:
+      np.save(file, np.zeros(3))
+  with pytest.raises(ValueError, match=r"params\.npz is .* no npz"):
+    sparse_coding.load(tmp_path)
