@@ -1,6 +1,8 @@
 """What every test and doctest runs under: eight CPU devices, no network."""
 
+import gc
 import os
+import pathlib
 import socket
 
 # Before jax is imported; JAX_PLATFORMS from outside still wins.
@@ -39,6 +41,20 @@ def no_network():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(socket.socket, "connect", connect_locally)
     yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+  """Drops what JAX compiled before the system runs out of places for it.
+
+  Linux lets a process have 65,530 mappings, of which each program on CPU takes
+  some; the compiler crashes beyond.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
