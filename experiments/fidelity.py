@@ -35,12 +35,6 @@ from experiments import prune
 import sparsejax
 
 TUNING_SEEDS = (1_000, 1_001, 1_002)
-# What an interval says of one pair of methods at one point.
-WORDS = {
-  "reproduced": "holds",
-  "not reproduced": "does not hold",
-  "undecided": "undecided",
-}
 
 
 def changed(
@@ -264,21 +258,19 @@ def compared(claim: claims.Pruning, rows) -> dict[str, Any]:
         for name in (better, worse)
       ]
       effect = intervals.of_effect(*values)
-      word = WORDS[intervals.verdict([effect])]
+      word = intervals.WORDS[intervals.verdict([effect])]
       effects[-1][metric] = dataclasses.asdict(effect) | {"verdict": word}
       verdicts += [word] * claimed
-  count = ", ".join(f"{w} {verdicts.count(w)}" for w in WORDS.values())
+  count = ", ".join(
+    f"{w} {verdicts.count(w)}" for w in intervals.WORDS.values()
+  )
   return {"verdict": f"{count} of {len(verdicts)}", "effects": effects}
-
-
-def _interval(value: Mapping[str, float]) -> str:
-  return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def _shown(value: Mapping[str, float]) -> str:
   if value["low"] == value["high"]:  # what all seeds have
     return f"{value['mean']:,.10g}"
-  return _interval(value)
+  return str(intervals.Interval.of(value))
 
 
 def pruning_card(
@@ -314,14 +306,17 @@ def pruning_card(
   for effect in result["effects"]:
     pair = f"{effect['better']}, {effect['worse']}"
     pair += f": {effect['structure']} {effect['sparsity']:.0%}"
-    cells = [f"{effect[m]['verdict']}: {_interval(effect[m])}" for m in metrics]
+    cells = [
+      f"{effect[m]['verdict']}: {intervals.Interval.of(effect[m])}"
+      for m in metrics
+    ]
     pair = pair if effect["claimed"] else f"({pair})"
     lines.append(f"| {pair} | " + " | ".join(cells) + " |")
   dense = [f"{result['dense'].get(m, 0.0):.4f}" for m in metrics]
   lines += ["", *head("method"), "| dense | " + " | ".join(dense) + " |"]
   for (method, structure, sparsity), rows in prune.grouped(result).items():
     found = [intervals.of_mean([row[m] for row in rows]) for m in metrics]
-    cells = [_interval(dataclasses.asdict(interval)) for interval in found]
+    cells = [str(interval) for interval in found]
     at = f"{method}: {structure} {sparsity:.0%}"
     lines.append(f"| {at} | " + " | ".join(cells) + " |")
   lines += [
@@ -375,10 +370,8 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   for effect in result["effects"]:
     cell = _shown(effect)
     if len(compared) > 1:  # the verdict is of all metrics together
-      interval = intervals.Interval(
-        *(effect[n] for n in ("mean", "low", "high"))
-      )
-      cell = f"{WORDS[intervals.verdict([interval])]}: {cell}"
+      interval = intervals.Interval.of(effect)
+      cell = f"{intervals.WORDS[intervals.verdict([interval])]}: {cell}"
     if not effect.get("claimed", True):
       cell = f"({cell})"
     pair = pairs.setdefault((effect["better"], effect["worse"]), {})

@@ -17,13 +17,6 @@ from experiments import claims
 from experiments import dictionary
 from experiments import intervals
 
-# What an interval says of one pair of variants at one L0.
-WORDS = {
-  "reproduced": "holds",
-  "not reproduced": "does not hold",
-  "undecided": "undecided",
-}
-
 
 def read_at(rows: Sequence[Mapping], figure: str, l0: float) -> float:
   """A figure at an L0 between those of the rows of one seed; else NaN.
@@ -66,10 +59,10 @@ def compared(
         effects.append(about | {"verdict": "not reached"})
       else:
         effect = intervals.of_effect(*values)
-        word = WORDS[intervals.verdict([effect])]
+        word = intervals.WORDS[intervals.verdict([effect])]
         effects.append(about | dataclasses.asdict(effect) | {"verdict": word})
       verdicts += [effects[-1]["verdict"]] * claimed
-  words = [*WORDS.values(), "not reached"]
+  words = [*intervals.WORDS.values(), "not reached"]
   count = ", ".join(f"{word} {verdicts.count(word)}" for word in words)
   return {"verdict": f"{count} of {len(verdicts)}", "effects": effects}
 
@@ -124,7 +117,11 @@ def card(name: str, claim: claims.Frontier, result: Mapping[str, Any]) -> str:
   pairs = {}
   for effect in result["effects"]:
     word = effect["verdict"]
-    cell = word if "mean" not in effect else f"{word}: {_interval(effect)}"
+    cell = (
+      word
+      if "mean" not in effect
+      else f"{word}: {intervals.Interval.of(effect)}"
+    )
     pair = f"{effect['better']}, {effect['worse']}"
     pair = pair if effect["claimed"] else f"({pair})"
     pairs.setdefault((pair, effect["figure"]), []).append(cell)
@@ -140,8 +137,7 @@ def card(name: str, claim: claims.Frontier, result: Mapping[str, Any]) -> str:
     cells = [f"{kept[c]:.4f}" if c in kept else "" for c in figures]
     lines.append(f"| {bound} | | " + _cells(cells))
   for (variant, level), rows in dictionary.grouped(result["rows"]).items():
-    each = [intervals.of_mean([row[c] for row in rows]) for c in figures]
-    cells = [_interval(dataclasses.asdict(interval)) for interval in each]
+    cells = [str(intervals.of_mean([row[c] for row in rows])) for c in figures]
     lines.append(f"| {variant} | {level:g} | " + _cells(cells))
   lines += [
     "",
@@ -153,7 +149,3 @@ def card(name: str, claim: claims.Frontier, result: Mapping[str, Any]) -> str:
 
 def _cells(cells: Iterable[str]) -> str:
   return " | ".join(cells) + " |"
-
-
-def _interval(value: Mapping[str, float]) -> str:
-  return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"

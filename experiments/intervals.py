@@ -1,10 +1,18 @@
 """Means of a few runs, and how sure one can be of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+# What the verdict on one effect is called.
+WORDS = {
+  "reproduced": "holds",
+  "not reproduced": "does not hold",
+  "undecided": "undecided",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +22,11 @@ class Interval:
   mean: float
   low: float
   high: float
+
+  @classmethod
+  def of(cls, fields: Mapping[str, Any]) -> "Interval":
+    """The interval that has been kept as fields, among others."""
+    return cls(*(fields[name] for name in ("mean", "low", "high")))
 
   def __str__(self) -> str:
     return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"

@@ -201,10 +201,8 @@ def _saelens(settings, tensors):
       if theirs in tensors:
         params[ours] = tensors.pop(theirs)
     if "threshold" in tensors:
-      # Theirs also drops what is negative, whatever the threshold.
-      threshold = np.maximum(tensors.pop("threshold"), 0)
-      with np.errstate(divide="ignore"):
-        params["sparsifier/log_threshold"] = np.log(threshold)
+      threshold = tensors.pop("threshold")
+      params["sparsifier/log_threshold"] = _log_threshold(threshold)
   if skip:
     params["skip"] = _transposed(tensors.pop("W_skip", None))
   if kind == "topk" and settings.one_of(
@@ -300,8 +298,7 @@ def _gemma_scope(tensors):
   }
   threshold = tensors.pop("threshold", None)
   if threshold is not None:
-    with np.errstate(divide="ignore"):
-      threshold = np.log(np.maximum(threshold, 0))
+    threshold = _log_threshold(threshold)
   params["sparsifier/log_threshold"] = threshold
   _refuse_rest(_GEMMA_SCOPE, tensors)
 
@@ -336,6 +333,12 @@ def _check_unit(where, atoms):
       f"{where}: atoms of matching pursuit must have norm 1, got {norms.min()} "
       f"to {norms.max()}"
     )
+
+
+def _log_threshold(threshold):
+  # Theirs also drop what is negative, whatever the threshold.
+  with np.errstate(divide="ignore"):
+    return np.log(np.maximum(threshold, 0))
 
 
 def _transposed(x):
