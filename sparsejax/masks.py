@@ -89,6 +89,7 @@ class SparseState(NamedTuple):
     backward: packed, weights that receive updates, or None (those of `masks`).
     leak: what share of a masked weight the forward pass sees (f32), or None.
     inner: state of the wrapped optimizer.
+    source: packed, weights that may ever be active, or None (all of them).
   """
 
   count: Array
@@ -101,6 +102,7 @@ class SparseState(NamedTuple):
   backward: PyTree | None
   leak: Array | None
   inner: PyTree
+  source: PyTree | None = None
 
 
 def find_states(opt_state: PyTree) -> list[SparseState]:
@@ -230,11 +232,14 @@ def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
   """
   leaves, rebuild = paths.named(params)
   for state in states_of(opt_state, params):
+    source = paths.named(state.source)[0]
     for n, bits in paths.named(state.masks)[0].items():
       p, rest = leaves[n], jnp.zeros((), leaves[n].dtype)
       if state.leak is not None:
         leak = unboxed(state.leak)
         rest = jnp.where(leak == 0, 0, leak * p).astype(p.dtype)
+        if n in source:
+          rest = jnp.where(unpack(source[n], p), rest, 0).astype(p.dtype)
       masked = jnp.where(unpack(bits, p), p, rest)
       if jnp.issubdtype(p.dtype, jnp.floating):
         # The same gradient whether a loss is differentiated at the result or
@@ -260,6 +265,18 @@ def count_nonzero(params: Sequence[Array], masks: Sequence[Array]) -> Array:
 def enforced(update: Array, param: Array, mask: Array) -> Array:
   """The update after which `param` is exactly +0.0 where masked."""
   return jnp.where(mask, update, -param)
+
+
+def shrunk(update: Array, param: Array, mask: Array, left: Array) -> Array:
+  """The update after which, where masked, the share `left` (f32) is left.
+
+  A share of 1 changes no bit of `update`, and 0 leaves exactly +0.0.
+  """
+  wide = jnp.promote_types(param.dtype, jnp.float32)
+  moved = (param + update).astype(param.dtype).astype(wide)
+  less = (left * moved - param.astype(wide)).astype(update.dtype)
+  less = jnp.where(left == 0, -param.astype(update.dtype), less)
+  return jnp.where(mask | (left == 1), update, less)
 
 
 def keep_masked(masks: PyTree) -> optax.GradientTransformationExtraArgs:

@@ -28,6 +28,7 @@ class Look:
     memory: the rule's own buffers by name, or none.
     key: a PRNG key of this moment, or None.
     step: updates made so far.
+    source: the weights that may be active, by name; all where not named.
   """
 
   rule: rules.Rule
@@ -37,6 +38,7 @@ class Look:
   memory: dict[str, Array]
   key: Array | None
   step: Array
+  source: dict[str, Array] = dataclasses.field(default_factory=dict)
 
   def seen(self, active, backward=None, leak=None):
     """`scores.Seen` of each sparse parameter, given its mask."""
@@ -64,12 +66,19 @@ class Look:
 
   def keys(self, seen, score, stage=0):
     """Ordered keys of the units of each parameter."""
-    return {
-      n: thresholds.ordered_keys(
-        leaf.structures[stage].pool(score(seen[n]), leaf.axes)
-      )
-      for n, leaf in self.plan.leaves.items()
-    }
+    out = {}
+    for n, leaf in self.plan.leaves.items():
+      pool, score_n = leaf.structures[stage].pool, score(seen[n])
+      if n not in self.source:
+        out[n] = thresholds.ordered_keys(pool(score_n, leaf.axes))
+        continue
+      # A unit counts with what the source has of it, if it has anything.
+      inside = self.source[n]
+      score_n = jnp.where(inside, score_n, jnp.zeros((), score_n.dtype))
+      some = pool(inside.astype(jnp.float32), leaf.axes) > 0
+      keys = thresholds.ordered_keys(pool(score_n, leaf.axes))
+      out[n] = thresholds.never(keys, ~some)
+    return out
 
   def pick(self, keys, counts, stage=0):
     """The units with the largest keys, under the budget."""
@@ -87,6 +96,7 @@ class Look:
     return {
       n: jnp.ones_like(self.params[n], bool)
       & leaf.structures[stage].spread(units[n], self.params[n].shape, leaf.axes)
+      & self.source.get(n, True)
       for n, leaf in self.plan.leaves.items()
     }
 

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from sparsejax import paths
+from sparsejax import sharding
 from sparsejax.select import budgets
 from sparsejax.select import structures
 from sparsejax.weights import rules
 
-Where = str | Callable[[str, Any], bool] | None
+# A pattern, a function, a tree of masks (`source_network`), or None.
+Where = str | Callable[[str, Any], bool] | Any | None
 AxesByPath = structures.Axes | Mapping[str, structures.Axes]
 
 _LEFT_DENSE = re.compile("embed|norm", re.IGNORECASE)
@@ -51,6 +53,54 @@ def sparse_names(params: Mapping[str, Any], where: Where) -> list[str]:
         f"where must select floating arrays, got {n!r} of {params[n].dtype}"
       )
   return names
+
+
+def source_network(where: Where) -> tuple[Where, dict[str, Any] | None]:
+  """`where` without masks, and the masks by name where it is a tree of them.
+
+  A mask of ones restricts nothing: it names a parameter only where that is
+  sparse by default, so that the masks of a whole model leave biases dense.
+  """
+  if where is None or isinstance(where, str) or callable(where):
+    return where, None
+  network = paths.named(where)[0]
+  for n, m in network.items():
+    if getattr(m, "dtype", None) != bool:
+      raise ValueError(
+        "where must be a pattern, a function, or a tree of boolean masks, got "
+        f"{m!r} for {n!r}"
+      )
+    if isinstance(m, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+      raise ValueError(
+        f"where must be concrete masks, made outside of jit, got {m} for {n!r}"
+      )
+  if not network:
+    raise ValueError(f"where must have masks, got {where!r}")
+  restricting = {n for n, m in network.items() if not bool(m.all())}
+
+  def named(path, leaf):
+    return path in network and (
+      path in restricting or default_where(path, leaf)
+    )
+
+  return named, network
+
+
+def source_of(
+  network: Mapping[str, Any] | None, params: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The masks of a source network, sharded as these parameters are."""
+  out = {}
+  for n, m in (network or {}).items() if params else ():
+    shape = tuple(params[n].shape) if n in params else None
+    if shape != m.shape:
+      raise ValueError(
+        f"where[{n!r}] must be the mask of a parameter, got shape {m.shape} "
+        f"for a parameter of shape {shape}"
+      )
+    m = sharding.like(jax.numpy.asarray(m), params[n])
+    out[n] = jax.numpy.ones_like(params[n], bool) & m
+  return out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Rule:
     dense: masked weights keep their values, and `sparse_params` hides them
       from the forward pass; otherwise updates keep them at zero.
     leak: share of a masked weight that the forward pass still sees, by step.
+    shrink: share of a masked weight that an update leaves, by the number of
+      updates made with it.
     memory: initial value of the rule's own buffer for a parameter.
     remember: the buffer after a mask update, from `Seen` with the new mask.
     backward_sparsity: share of weights that receive no update at all, at most
@@ -69,6 +71,7 @@ class Rule:
   gradient: Callable[[scores.Seen], Array] = scores.masked_gradient
   dense: bool = False
   leak: schedules.Schedule | None = None
+  shrink: schedules.Schedule | None = None
   memory: Callable[[Array], Array] | None = None
   remember: Callable[[scores.Seen], Array] | None = None
   backward_sparsity: float | None = None
@@ -95,6 +98,8 @@ class Rule:
       raise ValueError("memory and remember must be given together")
     if self.leak is not None and not self.dense:
       raise ValueError("leak must come with dense=True, got dense=False")
+    if self.shrink is not None and not self.dense:
+      raise ValueError("shrink must come with dense=True, got dense=False")
     if self.backward_sparsity is not None:
       if not self.dense:
         raise ValueError("backward_sparsity must come with dense=True")
