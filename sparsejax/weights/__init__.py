@@ -23,6 +23,7 @@ from sparsejax.weights.methods.nm import sr_ste
 from sparsejax.weights.methods.nm import structure_decay
 from sparsejax.weights.methods.pruning import gradual_magnitude
 from sparsejax.weights.methods.pruning import static
+from sparsejax.weights.methods.shrinkage import iss_p
 from sparsejax.weights.packing import pack
 from sparsejax.weights.packing import Packed
 from sparsejax.weights.packing import unpack
