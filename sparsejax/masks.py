@@ -89,6 +89,7 @@ class SparseState(NamedTuple):
     backward: packed, weights that receive updates, or None (those of `masks`).
     leak: what share of a masked weight the forward pass sees (f32), or None.
     inner: state of the wrapped optimizer.
+    source: packed, weights that may ever be active, or None (all of them).
   """
 
   count: Array
@@ -101,6 +102,7 @@ class SparseState(NamedTuple):
   backward: PyTree | None
   leak: Array | None
   inner: PyTree
+  source: PyTree | None = None
 
 
 def find_states(opt_state: PyTree) -> list[SparseState]:
@@ -230,11 +232,14 @@ def sparse_params(opt_state: PyTree, params: PyTree) -> PyTree:
   """
   leaves, rebuild = paths.named(params)
   for state in states_of(opt_state, params):
+    source = paths.named(state.source)[0]
     for n, bits in paths.named(state.masks)[0].items():
       p, rest = leaves[n], jnp.zeros((), leaves[n].dtype)
       if state.leak is not None:
         leak = unboxed(state.leak)
         rest = jnp.where(leak == 0, 0, leak * p).astype(p.dtype)
+        if n in source:
+          rest = jnp.where(unpack(source[n], p), rest, 0).astype(p.dtype)
       masked = jnp.where(unpack(bits, p), p, rest)
       if jnp.issubdtype(p.dtype, jnp.floating):
         # The same gradient whether a loss is differentiated at the result or

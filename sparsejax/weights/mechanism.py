@@ -43,7 +43,11 @@ def sparsify(
     where: which parameters are sparse: a regular expression searched in their
       paths ("layers/0/kernel"), or a function of path and leaf. By default
       floating arrays of two or more axes whose path has neither "embed" nor
-      "norm".
+      "norm". Or a source network: boolean masks, a tree like the parameters or
+      part of it, such as `sparsejax.weights.random_masks` makes. It names the
+      sparse parameters, and what it masks is never active: every mask is a
+      subset of it, and keeps all of it where it has fewer weights than the
+      budget. (A mask of ones of what is dense by default leaves that dense.)
     axes: dimension numbers, for all or by path pattern.
     key: a PRNG key, for rules that draw.
     track_explored: also keep which weights were ever active, for the
@@ -58,7 +62,8 @@ def sparsify(
       or fits no parameter; here where possible, else at `init` or `update`.
 
   Source: [rigl, set, srigl, dst-ee, top-kast, sr-ste, pgf-nm,
-    gradual-magnitude-pruning, random-pruning, rigl-itop] their common core.
+    gradual-magnitude-pruning, random-pruning, random-pruning-er, rigl-itop]
+    their common core.
   """
   if not isinstance(inner, optax.GradientTransformation):
     raise ValueError(f"inner must be an Optax optimizer, got {inner!r}")
@@ -66,6 +71,7 @@ def sparsify(
     raise ValueError(f"rule must be a sparsejax.weights.Rule, got {rule!r}")
   inner = optax.with_extra_args_support(inner)
   key_data, key_impl = _key_data(rule, key)
+  where, network = plans.source_network(where)
 
   @functools.lru_cache(maxsize=8)
   def plan_of_shapes(shapes):
@@ -79,7 +85,7 @@ def sparsify(
     shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in leaves.items())
     return plan_of_shapes(shapes)
 
-  def look(plan, params, grads, memory, key, step):
+  def look(plan, params, grads, memory, key, step, source):
     if key is not None:
       key = jax.random.wrap_key_data(key, impl=key_impl)
       key = jax.random.fold_in(key, step)
@@ -91,6 +97,7 @@ def sparsify(
       memory=memory,
       key=key,
       step=step,
+      source=source,
     )
 
   def init(params):
@@ -101,8 +108,9 @@ def sparsify(
     memory = {}
     if rule.memory:
       memory = {n: rule.memory(p) for n, p in leaves.items()}
-    full = {n: jnp.ones_like(p, bool) for n, p in leaves.items()}
-    now = look(plan, leaves, {}, memory, key_data, jnp.int32(0))
+    source = plans.source_of(network, leaves)
+    full = {n: jnp.ones_like(p, bool) for n, p in leaves.items()} | source
+    now = look(plan, leaves, {}, memory, key_data, jnp.int32(0), source)
     first, backward = full, full
     if rule.initial is not None:
       first = full | now.select(full, rule.initial)
@@ -131,6 +139,11 @@ def sparsify(
       ),
       leak=None if rule.leak is None else jnp.float32(rule.leak(0)),
       inner=inner.init(params),
+      source=(
+        rebuild({n: jnp.copy(masks.pack(m)) for n, m in full.items()})
+        if network is not None
+        else None
+      ),
     )
 
   def update(grads, state, params=None, **extra):
@@ -157,12 +170,13 @@ def sparsify(
       memory = {}
       if rule.memory:
         memory = paths.named(state.memory)[0]
-      return look(plan, params, raw, memory, state.key, step)
+      return look(plan, params, raw, memory, state.key, step, source)
 
     def active(packed):
       bits = paths.named(packed)[0]
       return {n: masks.unpack(bits[n], leaves[n]) for n in plan.leaves}
 
+    source = {} if state.source is None else active(state.source)
     new = state
     if not rule.dense:
       new = _revised(look_at(leaves, state.count), state, rebuild)
@@ -180,6 +194,8 @@ def sparsify(
     wider = None if state.backward is None else active(state.backward)
     seen = look_at(leaves, state.count).seen(live, wider, state.leak)
     trained = raw | {n: rule.gradient(seen[n]) for n in live}
+    for n, m in source.items():
+      trained[n] = jnp.where(m, trained[n], jnp.zeros((), trained[n].dtype))
     updates, inner_state = inner.update(
       rebuild(trained), inner_state, params, **extra
     )
@@ -189,6 +205,8 @@ def sparsify(
     else:
       for n, m in (wider or {}).items():
         ups[n] = jnp.where(m, ups[n], jnp.zeros((), ups[n].dtype))
+      for n, m in source.items():
+        ups[n] = masks.enforced(ups[n], leaves[n], m)
       # The next forward pass uses the masks of the weights it will see.
       moved = {n: (p + ups[n]).astype(p.dtype) for n, p in leaves.items()}
       new = _revised(look_at(moved, state.count + 1), state, rebuild)
