@@ -4,6 +4,16 @@ from sparsejax.masks import keep_masked
 from sparsejax.masks import masks
 from sparsejax.masks import sparse_params
 from sparsejax.masks import SparseState
+from sparsejax.weights.before_training import choose_masks
+from sparsejax.weights.before_training import grasp
+from sparsejax.weights.before_training import grasp_scores
+from sparsejax.weights.before_training import random_masks
+from sparsejax.weights.before_training import rescale_fan_in
+from sparsejax.weights.before_training import snip
+from sparsejax.weights.before_training import snip_scores
+from sparsejax.weights.before_training import sparsities
+from sparsejax.weights.before_training import synflow
+from sparsejax.weights.before_training import synflow_scores
 from sparsejax.weights.condensed import condense
 from sparsejax.weights.condensed import condense_layers
 from sparsejax.weights.condensed import condensed_matmul
@@ -12,7 +22,9 @@ from sparsejax.weights.condensed import CondensedWeight
 from sparsejax.weights.condensed import Lists
 from sparsejax.weights.mechanism import sparsify
 from sparsejax.weights.methods.dynamic import dst_ee
+from sparsejax.weights.methods.dynamic import explored_share
 from sparsejax.weights.methods.dynamic import rigl
+from sparsejax.weights.methods.dynamic import rigl_itop
 from sparsejax.weights.methods.dynamic import set_
 from sparsejax.weights.methods.dynamic import sparse_evolutionary
 from sparsejax.weights.methods.dynamic import srigl
@@ -27,6 +39,8 @@ from sparsejax.weights.methods.shrinkage import iss_p
 from sparsejax.weights.packing import pack
 from sparsejax.weights.packing import Packed
 from sparsejax.weights.packing import unpack
+from sparsejax.weights.penalties import add_hypersparse
+from sparsejax.weights.penalties import hypersparse
 from sparsejax.weights.post_training import dsnot
 from sparsejax.weights.post_training import Made
 from sparsejax.weights.post_training import magnitude_pruning
