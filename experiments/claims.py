@@ -11,9 +11,21 @@ from configs import recall_dense
 from configs import sae_minilm
 from configs import text_moe
 from configs import text_moe_dense
+from experiments import mixing
+from experiments import tickets
 
 # Metrics of which less is better; of all others more is.
-LESS = ("loss", "max_violation", "active", "dropped", "nearest")
+LESS = (
+  "loss",
+  "max_violation",
+  "active",
+  "dropped",
+  "nearest",
+  "loss_change",
+  "collapsed",
+  "milliseconds",
+  "milliseconds_of_many",
+)
 
 
 def config() -> ml_collections.ConfigDict:
@@ -170,6 +182,41 @@ class Frontier:
   at: Sequence[float]
   config: Callable[[], ml_collections.ConfigDict]
   besides: Sequence[tuple[str, str, str]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Procedure:
+  """What a paper says of what is no config, and how it is measured.
+
+  Attributes:
+    says: the claim.
+    source: the paper, and where in it.
+    differs: how the experiment differs from the paper's.
+    measure: (seed, **settings) -> the figures of each arm, by name.
+    arms: what is compared.
+    figures: what is shown of each arm that has it.
+    better: pairs of arms, the first claimed to be better, and the figure by
+      which.
+    besides: the same, where the paper claims nothing.
+    grid: settings that are tried in every arm alike, by name, on seeds of their
+      own.
+    metric: the figure by which arms are tuned.
+    ratios: figures that are compared by quotients, as times are.
+    about: tells where it was measured.
+  """
+
+  says: str
+  source: str
+  differs: str
+  measure: Callable[..., Mapping[str, Mapping[str, float]]]
+  arms: Sequence[str]
+  figures: Sequence[str]
+  better: Sequence[tuple[str, str, str]]
+  besides: Sequence[tuple[str, str, str]] = ()
+  grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+  metric: str = "accuracy"
+  ratios: Sequence[str] = ()
+  about: Callable[[], Mapping[str, str]] = dict
 
 
 RIGL = "Evci et al., Rigging the Lottery (2020)"
@@ -450,6 +497,60 @@ CLAIMS = {
     grid={},
     config=recall,
     shows=("parameters", "inference_flops"),
+  ),
+  "lottery_ticket": Procedure(
+    says=(
+      "At about 10% density a winning ticket (the mask that iterative "
+      "magnitude pruning finds, at the original initialization) gets to a "
+      "higher accuracy than the same mask from another initialization and than "
+      "a random mask, and learns faster."
+    ),
+    source=(
+      "Frankle and Carbin, The Lottery Ticket Hypothesis (2018), sections 2 "
+      "and 3, fully-connected networks on MNIST and convolutional ones on "
+      "CIFAR-10"
+    ),
+    differs=(
+      "An MLP of two hidden layers of 100 on MNIST-1D, Adam at one rate, 1,000 "
+      "steps of 100 examples a training, ten rounds of 20% of each layer, the "
+      "last one too, which the paper prunes at half the rate. Early accuracy "
+      "is after 100 steps. Random masks keep as many weights of each layer, at "
+      "the ticket's initialization. All arms see the same data in one order."
+    ),
+    measure=tickets.measure,
+    arms=tickets.ARMS,
+    figures=("accuracy", "early_accuracy", "loss"),
+    better=tuple(
+      ("ticket", arm, figure)
+      for figure in ("accuracy", "early_accuracy")
+      for arm in tickets.ARMS[1:]
+    ),
+    grid={"learning_rate": (3e-3, 1e-2, 3e-2)},
+  ),
+  "sparse_soups": Procedure(
+    says=(
+      "After as many cycles of pruning and retraining, a soup (the average of "
+      "copies that are retrained from one mask, from which the next cycle "
+      "begins) is better than single runs are on average."
+    ),
+    source=(
+      "Zimmer et al., Sparse Model Soups: A Recipe for Improved Pruning via "
+      "Model Averaging (2023), section 3, ResNets on CIFAR and ImageNet"
+    ),
+    differs=(
+      "An MLP of two hidden layers of 150 on MNIST-1D: 2,000 steps of SGD, "
+      "then three cycles to densities of 50%, 25% and 10% (of all layers "
+      "together) and 600 steps each. Three copies differ by the order of the "
+      "data and by weight decay (0, 1e-4, 5e-4). A soup takes three times the "
+      "steps of a single run; longer is a single run whose cycles are three "
+      "times as long."
+    ),
+    measure=mixing.measure,
+    arms=("soup", "single", "longer"),
+    figures=("loss", "accuracy"),
+    better=(("soup", "single", "loss"), ("soup", "single", "accuracy")),
+    besides=(("soup", "longer", "loss"), ("soup", "longer", "accuracy")),
+    grid={"learning_rate": (0.1, 0.3, 1.0)},
   ),
   "sae_frontier": Frontier(
     says=(

@@ -2,10 +2,11 @@
 
   python -m experiments.fidelity --claim=rigl_set_static_95
 
-Settings are tuned over the same grid in every arm, on seeds of their own.
-Arms are then compared over paired seeds: same initial weights, same data in
-the same order. Runs are kept in the work directory and not made twice, as
-long as the code is the same.
+Each claim has a page of its own, and all.md has a row for every one whose
+result is there. Settings are tuned over the same grid in every arm, on seeds
+of their own. Arms are then compared over paired seeds: same initial weights,
+same data in the same order. Runs are kept in the work directory and not made
+twice, as long as the code is the same.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ import tqdm
 
 import experiments
 from experiments import claims
+from experiments import comparisons
 from experiments import experiment
 from experiments import files
 from experiments import flops
@@ -235,6 +237,23 @@ def test_frontier(
   return frontier.test(claim, seeds, kept.with_suffix(""), progress)
 
 
+def test_procedure(
+  claim: claims.Procedure, seeds, workdir: pathlib.Path, progress=iter
+) -> dict[str, Any]:
+  """Measures what a claim needs, and returns what came out."""
+  _check_seeds(seeds)
+  name = f"{claim.measure.__module__}.{claim.measure.__qualname__}"
+
+  def measured(seed, settings):
+    made = {"measure": name, "settings": settings, "seed": seed}
+    path = _kept(workdir, made | {"about": claim.about()})
+    if not path.exists():
+      files.write(path, json.dumps(claim.measure(seed, **settings)))
+    return json.loads(path.read_text())
+
+  return comparisons.test(claim, seeds, TUNING_SEEDS, measured, progress)
+
+
 def _pairs(claim: claims.Pruning) -> list[tuple]:
   """Pairs of methods, points, and whether anything is claimed of them."""
   return [
@@ -411,10 +430,49 @@ def chosen(name: str) -> list[str]:
   )
 
 
+def main_effect(claim, result: Mapping[str, Any]) -> str:
+  """The first effect that is claimed, in a line."""
+  found = next(e for e in result["effects"] if e.get("claimed", True))
+  pair = f"{found['better']}, {found['worse']}"
+  if "structure" in found:  # of pruning: some metrics at one point
+    metric = next(n for n, x in found.items() if isinstance(x, Mapping))
+    at = f"{found['structure']} {found['sparsity']:.0%}"
+    return f"{pair}: {metric} at {at} {comparisons.shown(found[metric])}"
+  if "l0" in found:
+    effect = comparisons.shown(found) if "mean" in found else found["verdict"]
+    return f"{pair}: {found['figure']} at L0 {found['l0']:g} {effect}"
+  metric = found.get("metric", claim.metric)
+  return f"{pair}: {metric.replace('_', ' ')} {comparisons.shown(found)}"
+
+
+def overview(cards: pathlib.Path) -> str:
+  """A row for each claim whose result is among the cards."""
+  lines = [
+    "# All claims",
+    "",
+    "The effect is the first of those that are claimed: how much better the "
+    "first is than the second, with its 95% interval; with an x, how many "
+    "times. The page of a claim has the others, and what was run.",
+    "",
+    "| claim | verdict | effect |",
+    "| --- | --- | --- |",
+  ]
+  for name, claim in claims.CLAIMS.items():
+    path = cards / f"{name}.json"
+    if path.exists():
+      result = json.loads(path.read_text())
+      lines.append(
+        f"| [{name}]({name}.md): {claim.says} | {result['verdict']} | "
+        f"{main_effect(claim, result)} |"
+      )
+  return "\n".join([*lines, ""])
+
+
 # How a claim is tested, the page of what came out, and how many seeds it takes.
 KINDS = {
   claims.Claim: (test, card, 10),
   claims.Frontier: (test_frontier, frontier.card, 5),
+  claims.Procedure: (test_procedure, comparisons.card, 10),
   claims.Pruning: (test_pruning, pruning_card, 5),
 }
 
@@ -430,12 +488,13 @@ def main(argv):
     directory.mkdir(parents=True, exist_ok=True)
   for name in names:
     claim = claims.CLAIMS[name]
-    progress = lambda arms, name=name: tqdm.tqdm(arms, desc=name, unit="arm")
+    progress = lambda arms, name=name: tqdm.tqdm(arms, desc=name)
     run_it, page, seeds = KINDS[type(claim)]
     seeds = range(flags.FLAGS.seeds or seeds)
     result = run_it(claim, seeds, workdir, progress)
     files.write(cards / f"{name}.json", json.dumps(result, indent=2))
     files.write(cards / f"{name}.md", page(name, claim, result))
+    files.write(cards / "all.md", overview(cards))
     print(f"{name}: {result['verdict']} ({cards / name}.md)")
 
 

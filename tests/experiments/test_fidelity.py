@@ -1,5 +1,7 @@
 """Claims: what is run for them, and what is made of it."""
 
+import dataclasses
+import inspect
 import itertools
 import json
 import types
@@ -7,6 +9,7 @@ import types
 import pytest
 
 from experiments import claims
+from experiments import comparisons
 from experiments import dictionary
 from experiments import fidelity
 from experiments import prune
@@ -204,6 +207,144 @@ def test_a_claim_of_pruning_is_tested_and_kept(tmp_path, monkeypatch):
     fidelity.test_pruning(claim, range(4), tmp_path)
 
 
+def measure(seed, *, rate):
+  """Good is better by 0.1 to 0.3 and twice as fast; rate 2 is best for bad."""
+  bad = {"accuracy": (0.5 if rate == 2 else 0.4) + seed / 1e4}
+  bad |= {"milliseconds": 4.0 + seed % 3}
+  good = {"accuracy": 0.7 - 0.1 * rate + (seed % 3) / 10, "loss": 1.0}
+  return {"good": good | {"milliseconds": bad["milliseconds"] / 2}, "bad": bad}
+
+
+PROCEDURE = claims.Procedure(
+  says="Something.",
+  source="Someone",
+  differs="All.",
+  measure=measure,
+  arms=("good", "bad"),
+  figures=("accuracy", "milliseconds", "loss"),
+  better=(("good", "bad", "accuracy"), ("good", "bad", "milliseconds")),
+  besides=(("bad", "good", "milliseconds"),),
+  grid={"rate": (1, 2)},
+  ratios=("milliseconds",),
+  about=lambda: {"machine": "none"},
+)
+
+
+def test_a_procedure_is_tuned_measured_and_kept(tmp_path):
+  result = fidelity.test_procedure(PROCEDURE, range(5), tmp_path)
+  assert result["verdict"] == "reproduced"
+  # Each arm has its own best setting: 1 for the good one, 2 for the bad one.
+  tuned = {name: arm["tuned"]["rate"] for name, arm in result["arms"].items()}
+  assert tuned == {"good": 1, "bad": 2}
+  seeds = range(5)
+  assert result["values"]["bad"]["accuracy"] == [0.5 + s / 1e4 for s in seeds]
+  accuracy, time, back = result["effects"]
+  expected = [0.6 + (s % 3) / 10 - 0.5 - s / 1e4 for s in seeds]
+  assert accuracy["mean"] == pytest.approx(sum(expected) / 5)
+  assert accuracy["low"] > 0 and not accuracy["ratio"]
+  # Less time is better: twice as fast with every seed, and back.
+  assert (time["mean"], time["low"]) == pytest.approx((1, 1))
+  assert back["high"] == pytest.approx(-0.5) and not back["claimed"]
+  # Three seeds and then five, at two rates; none is measured twice.
+  assert len(list(tmp_path.iterdir())) == 2 * (3 + 5)
+  json.dumps(result)
+  card = comparisons.card("a_claim", PROCEDURE, result)
+  for line in (
+    "# a_claim: reproduced",
+    "machine: none.",
+    "| good | 0.6800 [",
+    '| {"rate": 1} |',
+    "2.00x [2.00, 2.00]",
+    "| bad, good |  | (does not hold: 0.50x [0.50, 0.50]) |",
+    "Of effects in brackets nothing is claimed",
+    "--seeds=5`",
+  ):
+    assert line in card, line
+  with pytest.raises(ValueError, match=r"--seeds takes 5 or more; got 4"):
+    fidelity.test_procedure(PROCEDURE, range(4), tmp_path)
+
+
+def test_a_procedure_without_a_grid_is_measured_once_a_seed(tmp_path):
+  calls = []
+
+  def plain(seed):
+    calls.append(seed)
+    return measure(seed, rate=1)
+
+  claim = dataclasses.replace(PROCEDURE, measure=plain, grid={})
+  result = fidelity.test_procedure(claim, range(5), tmp_path)
+  assert calls == list(range(5))
+  assert fidelity.test_procedure(claim, range(5), tmp_path) == result
+  assert calls == list(range(5))  # kept
+  assert "Nothing was tuned" in comparisons.card("a_claim", claim, result)
+
+
+def test_a_figure_that_is_equal_in_all_pairs_is_undecided(tmp_path):
+  claim = dataclasses.replace(
+    PROCEDURE, measure=lambda seed: {a: {"accuracy": 1} for a in PROCEDURE.arms}
+  )
+  claim = dataclasses.replace(
+    claim, better=PROCEDURE.better[:1], besides=(), grid={}
+  )
+  result = fidelity.test_procedure(claim, range(5), tmp_path)
+  assert result["verdict"] == "undecided"
+
+
+def test_the_overview_has_a_row_for_each_result_that_is_there(
+  tmp_path, monkeypatch
+):
+  known = {
+    "one": PROCEDURE,
+    "two": claims.CLAIMS["one_shot_order"],
+    "three": claims.CLAIMS["sae_frontier"],
+    "four": CLAIM,
+    "five": CLAIM,  # has not been run
+  }
+  effect = {"mean": 1.0, "low": 0.5, "high": 1.5}
+  pair = {"better": "a", "worse": "b"}
+  effects = {
+    "one": pair | {"metric": "milliseconds", "ratio": True} | effect,
+    "two": pair | {"structure": "2:4", "sparsity": 0.5, "error": effect},
+    "three": pair | {"figure": "explained", "l0": 16, "verdict": "not reached"},
+    "four": pair | effect,
+    "gone": pair | effect,  # is no claim any more
+  }
+  for name, found in effects.items():
+    idle = found | {"claimed": False, "better": "z"}
+    result = {"verdict": f"as {name}", "effects": [idle, found]}
+    (tmp_path / f"{name}.json").write_text(json.dumps(result))
+  monkeypatch.setattr(claims, "CLAIMS", known)
+  page = fidelity.overview(tmp_path)
+  rows = [line for line in page.splitlines() if line.startswith("| [")]
+  says = [claim.says for claim in known.values()]
+  assert rows == [
+    f"| [one](one.md): {says[0]} | as one | "
+    "a, b: milliseconds 2.00x [1.50, 2.50] |",
+    f"| [two](two.md): {says[1]} | as two | "
+    "a, b: error at 2:4 50% 1.0000 [0.5000, 1.5000] |",
+    f"| [three](three.md): {says[2]} | as three | "
+    "a, b: explained at L0 16 not reached |",
+    f"| [four](four.md): {says[3]} | as four | "
+    "a, b: accuracy 1.0000 [0.5000, 1.5000] |",
+  ]
+
+
+def test_a_claim_run_alone_leaves_the_rows_of_the_others(tmp_path, monkeypatch):
+  others = {"one": PROCEDURE, "two": dataclasses.replace(PROCEDURE)}
+  monkeypatch.setattr(claims, "CLAIMS", others)
+  for name in ("two", "one"):
+    given = types.SimpleNamespace(
+      claim=name, cards=tmp_path / "cards", workdir=tmp_path / "runs", seeds=5
+    )
+    monkeypatch.setattr(fidelity.flags, "FLAGS", given)
+    fidelity.main([])
+  rows = (tmp_path / "cards" / "all.md").read_text()
+  assert rows.index("[one](one.md)") < rows.index("[two](two.md)")
+  assert {path.name for path in (tmp_path / "cards").iterdir()} == {
+    *("all.md", "one.json", "one.md", "two.json", "two.md")
+  }
+
+
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_every_claim_is_well_formed(name):
   claim = claims.CLAIMS[name]
@@ -221,6 +362,12 @@ def test_every_claim_is_well_formed(name):
     for *pair, figure in itertools.chain(claim.better, claim.besides):
       assert set(pair) <= set(config.variants)
       assert figure in dictionary.COLUMNS
+    return
+  if isinstance(claim, claims.Procedure):
+    for *pair, figure in itertools.chain(claim.better, claim.besides):
+      assert set(pair) <= set(claim.arms) and figure in claim.figures
+    assert set(claim.ratios) <= set(claim.figures)
+    inspect.signature(claim.measure).bind(0, **dict.fromkeys(claim.grid))
     return
   for first, second, *_ in itertools.chain(claim.better, claim.besides):
     assert {first, second} <= set(claim.arms)
