@@ -1,11 +1,13 @@
 """Choosing under a budget and a structure: scores in, masks out."""
 
+from sparsejax.select.budgets import balanced
 from sparsejax.select.budgets import Budget
 from sparsejax.select.budgets import BUDGETS
 from sparsejax.select.budgets import er
 from sparsejax.select.budgets import erk
 from sparsejax.select.budgets import erk_plus
 from sparsejax.select.budgets import largest_remainder
+from sparsejax.select.budgets import pyramidal
 from sparsejax.select.budgets import uniform
 from sparsejax.select.budgets import uniform_plus
 from sparsejax.select.estimators import gumbel_softmax

@@ -112,12 +112,51 @@ def erk_plus(shapes: Shapes, density: float) -> dict[str, float]:
   )
 
 
+def balanced(shapes: Shapes, density: float) -> dict[str, float]:
+  """The same number of weights in every layer.
+
+  Layers that have fewer are dense, and the others share what is left (the
+  authors' code leaves it unused, and misses the density).
+
+  Source: [random-pruning-er] Gadhikar et al., Why Random Pruning Is All We Need
+  to Start Sparse; the definition is that of the authors' code.
+
+  >>> balanced({"a": (2, 2), "b": (4, 4)}, 0.5)
+  {'a': 1.0, 'b': 0.375}
+  """
+  return _proportional(shapes, density, lambda s: 1 / (math.prod(s) or 1))
+
+
+def pyramidal(shapes: Shapes, density: float) -> dict[str, float]:
+  """Densities q, q^2, q^3 and so on, from the first layer to the last.
+
+  q, in [0, 1], is the one that meets the density.
+
+  Source: [random-pruning-er] Gadhikar et al., Why Random Pruning Is All We Need
+  to Start Sparse; the definition is that of the authors' code.
+
+  >>> pyramidal({"a": (2, 2), "b": (4, 4)}, 0.3)
+  {'a': 0.5, 'b': 0.25}
+  """
+  check_share("density", density)
+  sizes = [math.prod(s) for s in shapes.values()]
+  low, high = 0.0, 1.0
+  for _ in range(100 if density > 0 else 0):
+    q = (low + high) / 2
+    kept = math.fsum(size * q ** (i + 1) for i, size in enumerate(sizes))
+    low, high = (q, high) if kept < density * sum(sizes) else (low, q)
+  q = high if density > 0 else 0.0
+  return {n: q ** (i + 1) for i, n in enumerate(shapes)}
+
+
 BUDGETS: Mapping[str, Budget] = {
   "uniform": uniform,
   "uniform_plus": uniform_plus,
   "er": er,
   "erk": erk,
   "erk_plus": erk_plus,
+  "balanced": balanced,
+  "pyramidal": pyramidal,
 }
 
 

@@ -70,7 +70,7 @@ def sparsify(
   if not isinstance(rule, rules.Rule):
     raise ValueError(f"rule must be a sparsejax.weights.Rule, got {rule!r}")
   inner = optax.with_extra_args_support(inner)
-  key_data, key_impl = _key_data(rule, key)
+  key_data, key_impl = raw_key(rule, key)
   where, network = plans.source_network(where)
 
   @functools.lru_cache(maxsize=8)
@@ -223,7 +223,7 @@ def sparsify(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _key_data(rule, key):
+def raw_key(rule, key):
   """Raw key data, which any checkpoint can hold, and what it is data of."""
   if key is None:
     if rule.draws:

@@ -65,7 +65,7 @@ def source_network(where: Where) -> tuple[Where, dict[str, Any] | None]:
     return where, None
   network = paths.named(where)[0]
   for n, m in network.items():
-    if getattr(m, "dtype", None) != bool:
+    if not hasattr(m, "dtype") or m.dtype != bool:
       raise ValueError(
         "where must be a pattern, a function, or a tree of boolean masks, got "
         f"{m!r} for {n!r}"
@@ -305,6 +305,62 @@ def _groups(structure, shape, axes, together):
   return layer // (structure.group_size(shape, axes) or 1)
 
 
+def _densities(rule, sparsity, axes, shape):
+  """The slots of each leaf, and the density of each slot, at one moment."""
+  # A stack's layers enter the budget one by one, under names of their own.
+  layers = {n: math.prod(axes[n].stack_shape(shape[n])) for n in sparsity}
+  slots = {
+    n: [f"{n}[{i}]" for i in range(layers[n])] if layers[n] > 1 else [n]
+    for n in sparsity
+  }
+  if isinstance(rule.sparsity, Mapping):
+    return slots, {slot: 1 - sparsity[n] for n in slots for slot in slots[n]}
+  divide = rule.distribution or "erk"
+  divide = budgets.BUDGETS[divide] if isinstance(divide, str) else divide
+  shapes = {
+    slot: axes[n].layer_shape(shape[n]) for n in slots for slot in slots[n]
+  }
+  try:
+    density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
+  except ValueError as error:
+    raise ValueError(f"distribution={rule.distribution!r}: {error}") from error
+  for slot in shapes:
+    if not 0 <= density.get(slot, -1) <= 1:
+      raise ValueError(
+        f"distribution must give {slot!r} a density in [0, 1], got "
+        f"{density.get(slot)}"
+      )
+  return slots, density
+
+
+def densities(
+  rule: rules.Rule,
+  params: Mapping[str, Any],
+  names: list[str],
+  axes: AxesByPath,
+) -> dict[str, np.ndarray]:
+  """The exact density of each layer, in an array that broadcasts to it.
+
+  For rules of one sparsity that is no schedule, or of one by path.
+  """
+  shape = {n: tuple(params[n].shape) for n in names}
+  at = axes_by_name(axes, names)
+  sparsity = _by_name("sparsity", rule.sparsity, names)
+  sparsity = {n: sparsity.get(n, 0.0) for n in names}
+  slots, density = _densities(rule, sparsity, at, shape)
+  return {
+    n: _by_layer([density[s] for s in slots[n]], shape[n], at[n]) for n in names
+  }
+
+
+def _by_layer(values, shape, axes):
+  """One value a layer of a stack, shaped to broadcast against the weights."""
+  stack = axes.of(len(shape)).stack
+  return np.asarray(values).reshape(
+    [d if a in stack else 1 for a, d in enumerate(shape)]
+  )
+
+
 def _counts(rule, sparsity, structure, axes, shape):
   """Units per group of each leaf, at one moment."""
   unit = {n: s.unit_size(shape[n], axes[n]) or 1 for n, s in structure.items()}
@@ -322,32 +378,7 @@ def _counts(rule, sparsity, structure, axes, shape):
     kept = round((1 - next(iter(sparsity.values()), 0)) * sum(total.values()))
     return dict.fromkeys(sparsity, np.int32(kept))
 
-  # A stack's layers enter the budget one by one, under names of their own.
-  slots = {
-    n: [f"{n}[{i}]" for i in range(layers[n])] if layers[n] > 1 else [n]
-    for n in sparsity
-  }
-  if isinstance(rule.sparsity, Mapping):
-    density = {slot: 1 - sparsity[n] for n in slots for slot in slots[n]}
-  else:
-    divide = rule.distribution or "erk"
-    divide = budgets.BUDGETS[divide] if isinstance(divide, str) else divide
-    shapes = {
-      slot: axes[n].layer_shape(shape[n]) for n in slots for slot in slots[n]
-    }
-    try:
-      density = divide(shapes, 1 - next(iter(sparsity.values()), 0))
-    except ValueError as error:
-      raise ValueError(
-        f"distribution={rule.distribution!r}: {error}"
-      ) from error
-    for slot in shapes:
-      if not 0 <= density.get(slot, -1) <= 1:
-        raise ValueError(
-          f"distribution must give {slot!r} a density in [0, 1], got "
-          f"{density.get(slot)}"
-        )
-
+  slots, density = _densities(rule, sparsity, axes, shape)
   out, quotas = {}, {one: {} for one in sorted(set(unit.values()))}
   for n, s in structure.items():
     if s.rigid:
@@ -366,8 +397,5 @@ def _counts(rule, sparsity, structure, axes, shape):
     whole |= budgets.largest_remainder(same)
   for n in structure.keys() - out.keys():
     count = np.asarray([whole[slot] for slot in slots[n]], np.int32)
-    stack = axes[n].of(len(shape[n])).stack
-    out[n] = count.reshape(
-      [d if a in stack else 1 for a, d in enumerate(shape[n])]
-    )
+    out[n] = _by_layer(count, shape[n], axes[n])
   return out
