@@ -7,7 +7,7 @@ from experiments import small
 
 WIDTH, DEPTH = 150, 2
 DENSE, RETRAIN = 2_000, 600  # steps
-DENSITIES = (0.5, 0.25, 0.1)
+FRACTIONS = (0.5, 0.5, 0.6)  # of what is left
 DECAYS = (0.0, 1e-4, 5e-4)  # of weights, a copy each
 
 
@@ -49,7 +49,7 @@ def measure(
       return trained(params, masks, steps, own, DECAYS[first + copy])
 
     *_, last = procedures.soups(
-      train, start, densities=DENSITIES, copies=copies
+      train, start, fractions=FRACTIONS, copies=copies
     )
     return setting.measure(last.params)
 

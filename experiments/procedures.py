@@ -88,24 +88,20 @@ def _largest(scores, counts):
   return select.top_k_mask(scores, counts)
 
 
-def _rounded(count: float) -> int:
-  return int(count + 0.5)  # a half up
-
-
 def prune(
   params: PyTree,
   masks: PyTree,
-  density: float,
+  fraction: float,
   *,
   scope: str = "layer",
   where: plans.Where = None,
 ) -> PyTree:
-  """Keeps the largest of the weights that the masks have left.
+  """Masks the smallest of the weights that the masks have left.
 
   Args:
     params: the parameters.
     masks: bools like them; what is masked stays so.
-    density: the share of all weights that is kept, rounded to whole weights.
+    fraction: the share of what is left that goes, rounded to whole weights.
     scope: of each "layer" alone, or "global": of all together.
     where: as `weights.static` takes it; other masks stay as they are.
 
@@ -113,29 +109,24 @@ def prune(
     Masks that are subsets of those given. Of equal magnitudes the first stays.
 
   Raises:
-    ValueError: no such scope, or fewer weights are left than would be kept.
+    ValueError: no such scope, or fraction is not in [0, 1].
   """
   if scope not in SCOPES:
     raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+  if not 0 <= fraction <= 1:
+    raise ValueError(f"fraction must be in [0, 1], got {fraction}")
   leaves, rebuild = paths.named(params)
   found = dict(paths.named(masks)[0])
-  names = plans.sparse_names(leaves, where)
   scores = {
     n: jnp.where(found[n], jnp.abs(leaves[n]).astype(jnp.float32), -jnp.inf)
-    for n in names
+    for n in plans.sparse_names(leaves, where)
   }
-  left = {n: int(found[n].sum()) for n in names}
-  counts = {n: _rounded(density * leaves[n].size) for n in names}
+  left = {n: int(found[n].sum()) for n in scores}
+  kept = lambda count: count - int(fraction * count + 0.5)  # a half up
   if scope == "global":
-    counts = _rounded(density * sum(leaves[n].size for n in names))
-    left = {"all": sum(left.values())}
-  for n, count in left.items():
-    wanted = counts if scope == "global" else counts[n]
-    if not 0 <= wanted <= count:
-      raise ValueError(
-        f"density must leave at most what is left, got {density}: {wanted} of "
-        f"the {count} weights left in {n}"
-      )
+    counts = kept(sum(left.values()))
+  else:
+    counts = {n: kept(count) for n, count in left.items()}
   return rebuild(found | _largest(scores, counts))
 
 
@@ -187,7 +178,7 @@ def imp(
 ) -> Iterator[Round]:
   """Iterative magnitude pruning: trains, prunes, goes back, and again.
 
-  After n rounds (1 - fraction)^n of the weights are left, up to rounding. The
+  After n rounds (1 - fraction)^n of the weights are left, up to roundings. The
   optimizer begins anew at each reset. Where the paper prunes the last layer at
   half the rate, this has one rate for all.
 
@@ -219,8 +210,7 @@ def imp(
   start = trained = train(params, masks, 0, rewind) if rewind else params
   for number in range(rounds + 1):
     if number:
-      left = (1 - fraction) ** number
-      masks = prune(trained, masks, left, scope=scope, where=where)
+      masks = prune(trained, masks, fraction, scope=scope, where=where)
     ticket = masked(start, masks)
     trained = train(ticket, masks, rewind, None)
     yield Round(density(masks, where), masks, ticket, trained)
@@ -261,7 +251,7 @@ def soups(
   train: Callable,
   params: PyTree,
   *,
-  densities: Sequence[float],
+  fractions: Sequence[float],
   copies: int,
   scope: str = "global",
   where: plans.Where = None,
@@ -274,13 +264,13 @@ def soups(
     train: (params, masks, phase, copy) -> what a copy becomes; copies differ by
       what this makes of their number (order of data, weight decay).
     params: trained densely.
-    densities: after each phase.
+    fractions: the share of what is left that each phase prunes.
     copies: how many there are.
     scope: as `prune` takes it.
     where: as `prune` takes it.
 
   Yields:
-    A phase for each density; the next one begins with its average.
+    A phase for each fraction; the next one begins with its average.
 
   Raises:
     ValueError: there are no copies.
@@ -291,8 +281,8 @@ def soups(
   if copies < 1:
     raise ValueError(f"copies must be 1 or more, got {copies}")
   masks = dense_masks(params)
-  for phase, left in enumerate(densities):
-    masks = prune(params, masks, left, scope=scope, where=where)
+  for phase, fraction in enumerate(fractions):
+    masks = prune(params, masks, fraction, scope=scope, where=where)
     start = masked(params, masks)
     members = [train(start, masks, phase, copy) for copy in range(copies)]
     params = average(members)
