@@ -1,15 +1,28 @@
-"""The oracle of masks before training: differences, paths, hand-worked sums."""
+"""The oracle of masks before training: differences, paths, authors' code.
+
+data/before_training_authors.json has what the methods' authors' code gives
+for networks drawn by `network` and data drawn by `data`.
+"""
 
 import functools
 import itertools
+import json
 import math
+import pathlib
 
 from absl.testing import parameterized
 import numpy as np
 
 from tests.oracles import before_training as oracle
 
+AUTHORS = json.loads(
+  (
+    pathlib.Path(__file__).parent / "data/before_training_authors.json"
+  ).read_text()
+)["results"]
 exact = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
+# The authors' numbers are written with twelve digits.
+printed = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11)
 # Central differences of step 1e-5: 1e-10 of truncation, 1e-11 of rounding.
 near = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-8)
 
@@ -293,3 +306,76 @@ class RandomTest(parameterized.TestCase):
     exact((got**2).sum((0, 1, 2)), want)
     self.assertFalse(got[~mask].any())
     exact(oracle.rescale_fan_in(got, np.ones(mask.shape, bool)), got)
+
+
+def keep_at_or_below(scores, remove):
+  """GraSP's code: of all scores (to be removed first) the rest and one."""
+  values = sorted((v for s in scores for v in s.ravel()), reverse=True)
+  return [s <= values[remove - 1] for s in scores]
+
+
+class AuthorsTest(parameterized.TestCase):
+  @parameterized.parameters("tanh", "relu")
+  def test_snip_and_grasp_of_synaptic_flow(self, activation):
+    layers = network(10, (3, 5, 4))
+    x, y = data(11, 6, 3, 4, "cross_entropy")
+    how = {"activation": activation, "loss": "cross_entropy"}
+    got = oracle.snip_scores(layers, x, y, normalize=True, **how)
+    want = AUTHORS[f"synflow_repo_snip_{activation}"]
+    for a, b in zip(oracle.kernels(got), want, strict=True):
+      printed(a, b)
+    got = oracle.kernels(
+      oracle.grasp_scores(layers, x, y, temperature=200, **how)
+    )
+    total = abs(sum(s.sum() for s in got)) + 1e-10
+    want = AUTHORS[f"synflow_repo_grasp_{activation}"]
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a / total, b, rtol=1e-8, atol=1e-10)
+
+  @parameterized.parameters("tanh", "relu")
+  def test_masks_of_grasp(self, activation):
+    layers = network(14, (3, 5, 2))
+    x, y = data(13, 40, 3, 2, "cross_entropy")
+    want = AUTHORS[f"grasp_{activation}"]
+    np.testing.assert_array_equal(y[want["rows"]], want["labels"])
+    scores = oracle.grasp_scores(
+      layers,
+      x[want["rows"]],
+      y[want["rows"]],
+      activation=activation,
+      loss="cross_entropy",
+      temperature=200,
+    )
+    removed_first = [-s for s in oracle.kernels(scores)]
+    for a, b in zip(
+      keep_at_or_below(removed_first, 15), want["masks"], strict=True
+    ):
+      np.testing.assert_array_equal(a, np.array(b, dtype=bool))
+    if activation == "tanh":  # With relu there are ties at zero.
+      for a, b in zip(
+        oracle.global_masks(oracle.kernels(scores), 11),
+        want["masks"],
+        strict=True,
+      ):
+        np.testing.assert_array_equal(a, np.array(b, dtype=bool))
+
+  @parameterized.parameters(False, True)
+  def test_synflow(self, bias):
+    layers = network(12, (4, 6, 5, 3), bias)
+    got = oracle.kernels(oracle.synflow_scores(layers))
+    want = AUTHORS[f"synflow_scores_bias{bias}"]
+    for a, b in zip(got, want, strict=True):
+      printed(a, b)
+    history = oracle.synflow_masks(layers, 0.2, 10, rule="authors")
+    want = AUTHORS[f"synflow_masks_bias{bias}"]
+    for masks, kept in zip(history, want["kept"], strict=True):
+      self.assertEqual([m.sum() for m in masks], kept)
+    for at, name in ((-1, "last"), (2, "third")):
+      for a, b in zip(history[at], want[name], strict=True):
+        np.testing.assert_array_equal(a, np.array(b, dtype=bool))
+
+  def test_pyramidal(self):
+    shapes = {"a": (20, 30), "b": (30, 10), "c": (10, 7)}
+    for density, want in AUTHORS["pyramidal"].items():
+      got = oracle.pyramidal(shapes, float(density))
+      printed(list(got.values()), want)
