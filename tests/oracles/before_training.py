@@ -441,11 +441,12 @@ def synflow_masks(
 def balanced(shapes, density, redistribute=True):
   """Every layer keeps the same number of weights.
 
-  Gadhikar et al. 2023 (arXiv 2210.02412), "balanced": X = density * total /
-  layers weights in each layer, a layer smaller than X being dense. The
-  authors' code leaves what such a layer cannot take unused, so the total is
-  missed (redistribute=False). With redistribute the other layers share it,
-  again equally, until nothing exceeds 1, and the total is met.
+  Gadhikar et al. 2023 (arXiv 2210.02412), "balanced", from the authors'
+  code: X = density * total / layers weights in each layer, a layer smaller
+  than X being dense. The code leaves what such a layer cannot take unused,
+  so the total is missed (redistribute=False). With redistribute the other
+  layers share it, again equally, until nothing exceeds 1, and the total is
+  met.
 
   Total 20 * 0.5 = 10 of two layers, 5 each, but the first holds 4:
 

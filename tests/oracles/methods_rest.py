@@ -425,9 +425,10 @@ def residual_error_bound(factors, scale):
   return math.prod(1 + c for c in norms) - 1 - sum(norms)
 
 
-# Sparse-IFT. Thangarasa et al. 2024 (arXiv 2303.11525), section 2.2; authors'
-# code for convolutions, here 1 x 1. s is the sparsity; counts are
-# multiply-adds of nonzero weights for one input row, without biases.
+# Sparse-IFT. Thangarasa et al. 2024 (arXiv 2303.11525), section 2.2, as the
+# authors' code has it for convolutions of 3 x 3, here of 1 x 1. s is the
+# sparsity; counts are multiply-adds of nonzero weights for one input row,
+# without biases.
 
 
 def ift_scale(sparsity):
@@ -467,7 +468,7 @@ def wide_densities(widths, wide):
 
   Inner layers, with both sides k times as wide, come to 1 / k^2 = 1 - s; the
   first and the last, of which one side is fixed, to 1 / k = sqrt(1 - s). In
-  the paper a whole network is widened, so that only its very ends differ.
+  the authors' code a whole network is widened, so only its ends differ.
 
   >>> wide_densities([3, 8, 8, 5], [3, 16, 16, 5])
   [0.5, 0.25, 0.5]
@@ -588,9 +589,9 @@ def ift_slack(inputs, outputs, sparsity, kind):
 def parallel_forward(x, kernels, activation=None):
   """Sum of the branches, each through the activation where there is one.
 
-  The paper adds branches after a nonlinearity of each (in the authors' code
-  a batch norm in each branch, then the sum, then relu). Linear branches
-  would be one matrix.
+  The paper's figure has a nonlinearity in the transformation; in the
+  authors' code it is a batch norm in each branch, then the sum, then relu.
+  Linear branches would be one matrix.
 
   >>> x = np.array([[1.0]])
   >>> w = [np.array([[2.0]]), np.array([[-3.0]])]
