@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import partitioning
 from pallas_kernels import rules
 
 MEMBER_BITS = 32  # query-membership bits in one word
@@ -439,32 +440,16 @@ class BlockMask:
     )
     chosen = _without_repetition(jnp.sort(indices, axis=-1), kv_blocks)
     chosen = chosen.reshape(b, h, nq, block_q, width)
-    # A table has a row for every tile. Its entries are counted through, which
-    # makes one number of each choice and not two.
-    tile = jnp.arange(b * h * nq, dtype=jnp.int32).reshape(b, h, nq)
-    table = (b, h, nq, kv_blocks + 1)
-    entry = tile[..., None, None] * table[-1] + chosen
-    votes = jnp.zeros(math.prod(table), jnp.int32).at[entry].add(1)
-    votes = votes.reshape(table)[..., :kv_blocks]
-    counts = (votes > 0).sum(-1, dtype=jnp.int32)
     slots = min(capacity, kv_blocks)
-    _, listed = jax.lax.top_k(votes, slots)
-    listed = jnp.where(jnp.arange(slots) < counts[..., None], listed, kv_blocks)
-    listed = jnp.sort(listed, axis=-1)
     words = -(-slots // MEMBER_BITS)
-    slot_of = jnp.full(table, slots, jnp.int32)
-    slot_of = jnp.put_along_axis(
-      slot_of, listed, jnp.arange(slots, dtype=jnp.int32), -1, inplace=False
+    listed, counts, members = partitioning.per_shard(
+      lambda axes, chosen: _unions(chosen, kv_blocks, slots),
+      [chosen],
+      ["b h n q k"],
+      ["b h n s", "b h n", "b h n w q"],
+      dict(b=b, h=h, n=nq, q=block_q, k=width, s=slots, w=words),
+      cut="bhn",
     )
-    slot = slot_of.at[..., kv_blocks].set(slots).reshape(-1)[entry]
-    # Each query chose a block once, so that adding its bits joins them.
-    word = tile[..., None, None] * words + slot // MEMBER_BITS
-    word = word * block_q + jnp.arange(block_q, dtype=jnp.int32)[:, None]
-    bit = jnp.uint32(1) << (slot % MEMBER_BITS).astype(jnp.uint32)
-    members = jnp.zeros((b, h, nq, words, block_q), jnp.uint32)
-    flat = members.reshape(-1).at[word].add(jnp.where(slot < slots, bit, 0))
-    members = flat.reshape(members.shape)
-    listed = jnp.where(listed < kv_blocks, listed, 0)
     by_query = None
     if slots == min(block_q * width, kv_blocks):  # nothing can be dropped
       by_query = jnp.where(chosen < kv_blocks, chosen, -1)
@@ -726,6 +711,45 @@ def _joined(same, bits):
     "...cd,...dr->...cr", same, bits, preferred_element_type=jnp.float32
   )
   return count > 0
+
+
+def _unions(chosen, kv_blocks, slots):
+  """The blocks that the queries of each tile list together, and who lists them.
+
+  Args:
+    chosen: int32 [B, H, nq, block_q, K], ascending; kv_blocks for none.
+    kv_blocks: how many key blocks there are.
+    slots: of a tile's list.
+
+  Returns:
+    The lists [B, H, nq, slots], their counts, and members.
+  """
+  b, h, nq, block_q, _ = chosen.shape
+  # A table has a row for every tile. Its entries are counted through, which
+  # makes one number of each choice and not two.
+  tile = jnp.arange(b * h * nq, dtype=jnp.int32).reshape(b, h, nq)
+  table = (b, h, nq, kv_blocks + 1)
+  entry = tile[..., None, None] * table[-1] + chosen
+  votes = jnp.zeros(math.prod(table), jnp.int32).at[entry].add(1)
+  votes = votes.reshape(table)[..., :kv_blocks]
+  counts = (votes > 0).sum(-1, dtype=jnp.int32)
+  _, listed = jax.lax.top_k(votes, slots)
+  listed = jnp.where(jnp.arange(slots) < counts[..., None], listed, kv_blocks)
+  listed = jnp.sort(listed, axis=-1)
+  words = -(-slots // MEMBER_BITS)
+  slot_of = jnp.full(table, slots, jnp.int32)
+  slot_of = jnp.put_along_axis(
+    slot_of, listed, jnp.arange(slots, dtype=jnp.int32), -1, inplace=False
+  )
+  slot = slot_of.at[..., kv_blocks].set(slots).reshape(-1)[entry]
+  # Each query chose a block once, so that adding its bits joins them.
+  word = tile[..., None, None] * words + slot // MEMBER_BITS
+  word = word * block_q + jnp.arange(block_q, dtype=jnp.int32)[:, None]
+  bit = jnp.uint32(1) << (slot % MEMBER_BITS).astype(jnp.uint32)
+  members = jnp.zeros((b, h, nq, words, block_q), jnp.uint32)
+  flat = members.reshape(-1).at[word].add(jnp.where(slot < slots, bit, 0))
+  listed = jnp.where(listed < kv_blocks, listed, 0)
+  return listed, counts, flat.reshape(members.shape)
 
 
 def _without_repetition(key, nothing):

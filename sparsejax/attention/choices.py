@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import partitioning
 from pallas_kernels.block_mask import BlockMask
 
 Array = jax.Array
@@ -60,13 +61,31 @@ def _ranked(scores, candidates, forced):
   return jnp.where(candidates, scores, -jnp.inf)
 
 
+def _largest(ranked, k):
+  """`lax.top_k` of each row where it lies: XLA would gather all of them."""
+  *rows, n = ranked.shape
+  if not rows:
+    return lax.top_k(ranked, k)
+  letters = "abcdefghijklm"[: len(rows)]
+  words = " ".join(letters)
+  return partitioning.per_shard(
+    lambda axes, x: tuple(lax.top_k(x, k)),
+    [ranked],
+    [f"{words} n"],
+    [f"{words} k"] * 2,
+    dict(zip(letters, rows), n=n, k=k),
+    cut=letters,
+    batch="a",
+  )
+
+
 def _best(ranked, k):
   """bool: the k largest that are no -inf; k is static, or int [..., 1]."""
   n = ranked.shape[-1]
   if not n:
     return jnp.zeros(ranked.shape, bool)
   if isinstance(k, int):
-    kth = lax.top_k(ranked, min(max(k, 1), n))[0][..., -1:]
+    kth = _largest(ranked, min(max(k, 1), n))[0][..., -1:]
   else:
     falling = jnp.sort(ranked, axis=-1, descending=True)
     at = jnp.broadcast_to(jnp.clip(k, 1, n) - 1, (*ranked.shape[:-1], 1))
@@ -148,7 +167,7 @@ def top_k_lists(
   candidates, forced = _flags(scores, candidates, forced)
   ranked = _ranked(scores, candidates, forced)
   n = scores.shape[-1]
-  best, index = lax.top_k(ranked, min(max(k, most_forced), n))
+  best, index = _largest(ranked, min(max(k, most_forced), n))
   # Beyond k there are forced ones only.
   chosen = (best == jnp.inf) | (jnp.arange(best.shape[-1]) < k)
   return jnp.where(chosen & (best > -jnp.inf), index, -1).astype(jnp.int32)

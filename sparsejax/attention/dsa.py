@@ -147,7 +147,7 @@ def dsa(
   def some(arrays):
     q, keys, at = arrays
     columns = jnp.where(keys < kv_len, keys, -1)[:, None]
-    empty = jnp.zeros((*columns.shape[:3], 1), jnp.int32)
+    empty = jnp.zeros_like(columns[..., :1])
     mask = BlockMask(
       empty,
       empty[..., 0],

@@ -600,7 +600,13 @@ def from_nsa(
   )
   if indices.shape[2] == 1:
     return mask
-  repeated = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), mask)
+
+  def repeat(x):  # as jnp.repeat, which asks for shardings that are types
+    b, h, *rest = x.shape
+    x = jnp.broadcast_to(x[:, :, None], (b, h, group, *rest))
+    return x.reshape(b, h * group, *rest)
+
+  repeated = jax.tree.map(repeat, mask)
   # Which heads share a list is known there.
   return repeated._replace(by_query=mask.by_query)
 

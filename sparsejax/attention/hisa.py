@@ -1,5 +1,7 @@
 """HISA: the keys of DeepSeek's indexer, looked for in the best blocks only."""
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from sparsejax.attention import choices
 from sparsejax.attention import scores
 from sparsejax.attention.dsa import check_index
 from sparsejax.attention.dsa import index_scores
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 
@@ -59,6 +62,14 @@ def hisa_keys(
   check_index(q, k, w)
   choices.check_integers(0, top_m=top_m, top_k=top_k)
   q, k, w = lax.stop_gradient((q, k, w))
+  at = jnp.broadcast_to(scores.positions(q_positions, q.shape[1]), q.shape[:2])
+  choose = functools.partial(_keys, block=block, top_m=top_m, top_k=top_k)
+  # Candidates lie where indices say. Choices are sharded as the tokens are.
+  return automatic(choose, q, k, w, at, out=w.sum(-1, keepdims=True))
+
+
+def _keys(q, k, w, at, block, top_m, top_k):
+  """`hisa_keys`; at is int32 [B, S], where the queries stand."""
   centers = scores.pooled(k[:, :, None], block)[:, :, 0]
   length, blocks = k.shape[1], centers.shape[1]
   pad = ((0, 0), (0, blocks * block - length), (0, 0))
@@ -93,7 +104,6 @@ def hisa_keys(
     keys = jnp.take_along_axis(tokens, jnp.maximum(best, 0), axis=-1)
     return jnp.where(best < 0, -1, keys)
 
-  at = jnp.broadcast_to(scores.positions(q_positions, q.shape[1]), q.shape[:2])
   looked = min(max(top_m, 2), blocks) * block
   row = q.shape[0] * (looked * (q.shape[2] + q.shape[3]) + blocks * q.shape[2])
   return scores.in_chunks(choose, (q, w, at), row)

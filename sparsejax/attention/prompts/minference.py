@@ -18,6 +18,7 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 from sparsejax.attention import choices
 from sparsejax.attention import compressed
 from sparsejax.attention import scores
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 
@@ -79,9 +80,9 @@ def vertical_slash_lines(
   verticals = _numbers("verticals", verticals, q.shape[2])
   slashes = _numbers("slashes", slashes, q.shape[2])
   at = scores.positions(q_positions, q.shape[1])[:, -last_q:]
-  by_key, by_distance = _line_masses(
-    *lax.stop_gradient((q[:, -last_q:], k)), at, scale
-  )
+  q, k = lax.stop_gradient((q[:, -last_q:], k))
+  masses = functools.partial(_line_masses, scale=scale)
+  by_key, by_distance = automatic(masses, q, k, at, out=q[:, 0])
   n = jnp.arange(k.shape[1])
   return (
     choices.top_k(by_key, verticals, forced=n < first),
@@ -207,7 +208,8 @@ def vertical_slash_select(
     scale=scale,
   )
   low, high = _bounds(scores.positions(q_positions, q.shape[1]), block)
-  table = _touched(distances, low, high, block)
+  touched = functools.partial(_touched, block=block)
+  table = automatic(touched, distances, low, high, out=distances)
   if capacity is None and q_positions is None:
     # The recent ones lie side by side, and others touch two blocks each.
     others = _numbers("slashes", slashes, q.shape[2]).max(initial=0) - recent

@@ -11,6 +11,7 @@ from pallas_kernels import rules
 from pallas_kernels.block_mask import BlockMask
 from sparsejax.attention import choices
 from sparsejax.attention import scores
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 
@@ -81,18 +82,23 @@ def proxyattn_select(
   choices.check_integers(1 + bool(sink), capacity=capacity)
   q, k = lax.stop_gradient((q, k))
   scale = d**-0.5 if scale is None else scale
-  own = jnp.arange(blocks)
-  ranking = choices.top_k_lists(
-    _proxy_scores(q, k, groups, block, stride, scale),
-    capacity,
-    candidates=own <= own[:, None],
-    forced=choices.near(own, blocks, first=bool(sink)),
-  )
-  budgets = _budgets(q, k, gamma, block, scale)
-  counts = jnp.maximum(budgets, 1 + bool(sink))[..., None]
+
+  def rank(q, k):  # blocks of each head, the best first
+    own = jnp.arange(blocks)
+    ranking = choices.top_k_lists(
+      _proxy_scores(q, k, groups, block, stride, scale),
+      capacity,
+      candidates=own <= own[:, None],
+      forced=choices.near(own, blocks, first=bool(sink)),
+    )
+    budgets = _budgets(q, k, gamma, block, scale)
+    return ranking[:, group_of], budgets[..., None]
+
+  ranking, budgets = automatic(rank, q, k, out=q[:, 0])  # mixes heads
+  counts = jnp.maximum(budgets, 1 + bool(sink))
   counts = jnp.minimum(counts, 1 + jnp.arange(blocks))
   mask = BlockMask(
-    ranking[:, group_of],
+    ranking,
     jnp.minimum(counts, capacity),
     block_q=block,
     block_kv=block,
