@@ -14,6 +14,8 @@ from sparsejax.weights.before_training import snip_scores
 from sparsejax.weights.before_training import sparsities
 from sparsejax.weights.before_training import synflow
 from sparsejax.weights.before_training import synflow_scores
+from sparsejax.weights.bidirectional import bidirectional_matmul
+from sparsejax.weights.bidirectional import BidirectionalDot
 from sparsejax.weights.condensed import condense
 from sparsejax.weights.condensed import condense_layers
 from sparsejax.weights.condensed import condensed_matmul
