@@ -249,6 +249,13 @@ def _rigl_set_static(sparsity):
   )
 
 
+def _wide(width, wide):
+  """An MLP of two hidden layers, wider, and at the FLOPs of the dense one."""
+  fixed, both = 1 - width / wide, 1 - (width / wide) ** 2
+  sparsity = {"hidden/1": both, "hidden/0|readout": fixed}
+  return {"model.width": wide} | _exchanging("rigl", sparsity)
+
+
 def _sr_ste(n, m):
   return Claim(
     says=(
@@ -330,6 +337,54 @@ CLAIMS = {
       ),
     },
     better=(("rigl", "gradual"),),
+  ),
+  "iss_p": Claim(
+    says=(
+      "Trained sparse from scratch to 95%, a network whose smallest weights "
+      "shrink a little after each step (ISS-P) ends better than one where they "
+      "become zero (iterative hard thresholding, IHT)."
+    ),
+    source=(
+      "Wang et al., Iterative Soft Shrinkage Learning for Efficient Image "
+      "Super-Resolution (2023), section 3 and the ablation of thresholding"
+    ),
+    differs=(
+      "An MLP of two hidden layers on MNIST-1D, where the paper has networks "
+      "of super-resolution. Masks are of each layer, chosen after every step, "
+      "and fixed for the last quarter of the run. The factor is that of the "
+      "authors' scripts."
+    ),
+    arms={
+      name: _method("iss_p", sparsity=0.95, until=1_500, factor=factor)
+      for name, factor in {"iss_p": 0.95, "iht": 0.0}.items()
+    },
+    better=(("iss_p", "iht"), ("iss_p", "iht", "loss")),
+  ),
+  "sparse_wide": Claim(
+    says=(
+      "At equal FLOPs a network that is wider by 1 / sqrt(1 - s) and sparse by "
+      "s (Sparse Wide), trained with RigL, is better than the dense one."
+    ),
+    source=(
+      "Thangarasa et al., Sparse-IFT: Sparse Iso-FLOP Transformations for "
+      "Maximizing Training Efficiency (2023), section 4, ResNets on CIFAR-100 "
+      "and ImageNet"
+    ),
+    differs=(
+      "An MLP of two hidden layers of 64 on MNIST-1D against 128 at 75% and "
+      "202 at 90%. Inputs and classes cannot be more: the first and the last "
+      "layer have the sparsity at which their FLOPs are equal, too, 50% and "
+      "68%. Training costs more by the dense gradients that weights grow by, "
+      "at one step in 50; a forward pass costs the same."
+    ),
+    arms={
+      "dense": {"model.width": 64},
+      "wide_75": _wide(64, 128),
+      "wide_90": _wide(64, 202),
+    },
+    better=(("wide_75", "dense"), ("wide_90", "dense")),
+    besides=(("wide_90", "wide_75"),),
+    shows=("inference_flops",),
   ),
   "moe_dense": _mixtures(
     says=(

@@ -107,7 +107,8 @@ def _step(config: ml_collections.ConfigDict, density: float) -> float:
     return growing * grows + (1 - growing) * sparse
   if method.name == "top_kast":  # gradients of a superset
     return costs.training_flops(1 - method.backward_sparsity, density, every=0)
-  if method.name == "mask_decay":  # computes with all weights, then with few
+  # These compute with all weights, then with few.
+  if method.name in ("iss_p", "mask_decay"):
     fading = min(1, method.until / config.steps)
     return fading * 3 + (1 - fading) * sparse
   if method.name in ("sr_ste", "structure_decay"):  # gradients of all weights

@@ -71,6 +71,7 @@ METHODS = {
   "dense": dense,
   "dst_ee": weights.dst_ee,
   "gradual_magnitude": weights.gradual_magnitude,
+  "iss_p": weights.iss_p,
   "mask_decay": weights.mask_decay,
   "rigl": weights.rigl,
   "set_": weights.set_,
@@ -101,6 +102,8 @@ def make(
     balance_rate: None, or how far a step moves the `balance_bias` of mixtures
       of experts, which the optimizer and its method then do not see.
   """
+  # Settings by pattern, as the sparsity may be, are mappings again.
+  method = getattr(method, "to_dict", lambda: method)()
   inner = settings.call("optimizer", optimizer, OPTIMIZERS, steps=steps)
   function = METHODS.get(method.get("name"), dense)
   draws = "key" in inspect.signature(function).parameters
