@@ -139,14 +139,15 @@ def pyramidal(shapes: Shapes, density: float) -> dict[str, float]:
   {'a': 0.5, 'b': 0.25}
   """
   check_share("density", density)
+  if density in (0, 1):
+    return dict.fromkeys(shapes, float(density))
   sizes = [math.prod(s) for s in shapes.values()]
   low, high = 0.0, 1.0
-  for _ in range(100 if density > 0 else 0):
+  for _ in range(100):
     q = (low + high) / 2
     kept = math.fsum(size * q ** (i + 1) for i, size in enumerate(sizes))
     low, high = (q, high) if kept < density * sum(sizes) else (low, q)
-  q = high if density > 0 else 0.0
-  return {n: q ** (i + 1) for i, n in enumerate(shapes)}
+  return {n: high ** (i + 1) for i, n in enumerate(shapes)}
 
 
 BUDGETS: Mapping[str, Budget] = {

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.select import budgets
+from tests.oracles import before_training
 from tests.oracles import select as oracle
 
 DIMS = st.integers(1, 40)
@@ -16,7 +17,15 @@ SHAPES = st.lists(
   max_size=6,
 ).map(lambda shapes: {f"layers/{i}": s for i, s in enumerate(shapes)})
 DENSITIES = st.floats(0.01, 1) | st.sampled_from([0.0, 0.1, 0.5, 1.0])
-NAMES = ("uniform", "uniform_plus", "er", "erk", "erk_plus")
+NAMES = (
+  "uniform",
+  "uniform_plus",
+  "er",
+  "erk",
+  "erk_plus",
+  "balanced",
+  "pyramidal",
+)
 
 
 def total(shapes, densities):
@@ -31,8 +40,9 @@ class BudgetsTest(parameterized.TestCase):
   @parameterized.parameters(*NAMES)
   @given(shapes=SHAPES, density=DENSITIES)
   def test_equals_oracle(self, name, shapes, density):
+    near = before_training if name in ("balanced", "pyramidal") else oracle
     try:
-      want = getattr(oracle, name)(shapes, density)
+      want = getattr(near, name)(shapes, density)
     except ValueError:
       with self.assertRaisesRegex(ValueError, "^density is too low"):
         budgets.BUDGETS[name](shapes, density)
@@ -57,7 +67,7 @@ class BudgetsTest(parameterized.TestCase):
 
   @given(shapes=SHAPES, density=DENSITIES, more=st.floats(0, 0.5))
   def test_more_density_is_more_everywhere(self, shapes, density, more):
-    for name in ("er", "erk"):
+    for name in ("er", "erk", "balanced", "pyramidal"):
       low = budgets.BUDGETS[name](shapes, density)
       high = budgets.BUDGETS[name](shapes, min(1.0, density + more))
       for n in shapes:
@@ -98,6 +108,30 @@ class BudgetsTest(parameterized.TestCase):
     self.assertEqual(got["c"], 1.0)
     self.assertAlmostEqual(got["b"], 0.115)
 
+  @given(shapes=SHAPES, density=st.floats(0.05, 0.95))
+  def test_balanced_gives_all_that_it_can(self, shapes, density):
+    got = budgets.balanced(shapes, density)
+    kept = {n: d * math.prod(shapes[n]) for n, d in got.items()}
+    most = max(kept.values())
+    for n, k in kept.items():  # less than the others only where there is less
+      self.assertAlmostEqual(k, min(most, math.prod(shapes[n])), delta=1e-9 * k)
+
+  def test_balanced_meets_the_density_where_the_authors_code_does_not(self):
+    shapes = {"a": (2, 2), "b": (4, 4)}
+    self.assertEqual(budgets.balanced(shapes, 0.5), {"a": 1.0, "b": 0.375})
+    missed = before_training.balanced(shapes, 0.5, redistribute=False)
+    self.assertEqual(missed, {"a": 1.0, "b": 0.3125})
+
+  @given(shapes=SHAPES, density=st.floats(0.05, 0.95))
+  def test_pyramidal_falls_by_one_factor(self, shapes, density):
+    got = list(budgets.pyramidal(shapes, density).values())
+    for i, d in enumerate(got):
+      self.assertAlmostEqual(d, got[0] ** (i + 1), delta=1e-12)
+
+  def test_pyramidal_follows_the_order_of_layers(self):
+    got = budgets.pyramidal({"z": (2, 2), "a": (4, 4)}, 0.3)
+    self.assertEqual(got, {"z": 0.5, "a": 0.25})  # 4 / 2 + 16 / 4 = 0.3 * 20
+
   def test_a_density_that_the_dense_layers_just_fit(self):
     # 0.29 * 100 is 28.999... in floating point, and 29 weights fit.
     got = budgets.erk_plus({"a": (71, 1), "b": (29, 1)}, 0.29)
@@ -110,7 +144,7 @@ class BudgetsTest(parameterized.TestCase):
     full = budgets.BUDGETS[name](shapes, 1.0)
     self.assertEqual(full, dict.fromkeys(shapes, 1.0))
     self.assertEqual(budgets.BUDGETS[name]({}, 0.5), {})
-    if name in ("uniform", "er", "erk"):
+    if name not in ("uniform_plus", "erk_plus"):
       none = budgets.BUDGETS[name](shapes, 0.0)
       self.assertEqual(none, dict.fromkeys(shapes, 0.0))
 
