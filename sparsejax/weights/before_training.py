@@ -545,7 +545,8 @@ def _named_masks(masks):
   out = paths.named(masks)[0]
   for n, m in out.items():
     if not hasattr(m, "dtype") or m.dtype != bool:
-      raise ValueError(f"masks must be boolean arrays, got {m!r} for {n!r}")
+      got = getattr(m, "dtype", m)
+      raise ValueError(f"masks must be boolean arrays, got {got} for {n!r}")
   return out
 
 

@@ -68,7 +68,7 @@ def source_network(where: Where) -> tuple[Where, dict[str, Any] | None]:
     if not hasattr(m, "dtype") or m.dtype != bool:
       raise ValueError(
         "where must be a pattern, a function, or a tree of boolean masks, got "
-        f"{m!r} for {n!r}"
+        f"{getattr(m, 'dtype', repr(m))} for {n!r}"
       )
     if isinstance(m, (jax.core.Tracer, jax.ShapeDtypeStruct)):
       raise ValueError(
@@ -76,7 +76,8 @@ def source_network(where: Where) -> tuple[Where, dict[str, Any] | None]:
       )
   if not network:
     raise ValueError(f"where must have masks, got {where!r}")
-  restricting = {n for n, m in network.items() if not bool(m.all())}
+  with jax.ensure_compile_time_eval():  # also where a method is made in jit
+    restricting = {n for n, m in network.items() if not bool(m.all())}
 
   def named(path, leaf):
     return path in network and (
