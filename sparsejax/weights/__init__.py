@@ -43,6 +43,7 @@ from sparsejax.weights.packing import Packed
 from sparsejax.weights.packing import unpack
 from sparsejax.weights.penalties import add_hypersparse
 from sparsejax.weights.penalties import hypersparse
+from sparsejax.weights.pixelfly import Pixelfly
 from sparsejax.weights.post_training import dsnot
 from sparsejax.weights.post_training import Made
 from sparsejax.weights.post_training import magnitude_pruning
