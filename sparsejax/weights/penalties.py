@@ -74,8 +74,8 @@ def add_hypersparse(
   A link of `optax.chain` to stand where `optax.add_decayed_weights` does:
   before the learning rate, and before or after the moments as the penalty shall
   be part of the loss or decoupled from it. Adaptive Regularized Training lets
-  the strength grow until weights are pruned, from little by a factor each
-  epoch: `optax.exponential_decay(1e-6, steps_per_epoch, 1.05, staircase=True)`.
+  the strength grow by a factor each epoch, until weights are pruned:
+  `optax.exponential_decay(5e-4, steps_per_epoch, 1.05, staircase=True)`.
 
   Args:
     strength: a number of 0 or more, or a schedule of the step.

@@ -14,15 +14,9 @@ import pytest
 
 from sparsejax import weights
 from tests import common
-from tests.oracles import select as oracle
+from tests.oracles import methods_rest as oracle
 from tests.weights.problem import jit
 from tests.weights.problem import numbers
-
-
-def kept(w, n, m, axis):
-  """`w` in f64 under the oracle's mask of its magnitudes."""
-  w = common.float64(w)
-  return np.where(oracle.nm_mask(np.abs(w), n, m, axis), w, 0)
 
 
 @functools.partial(jit, static_argnums=(3, 4))
@@ -54,11 +48,10 @@ def test_each_direction_has_its_mask(n, m, lead, dtype):
   x, w, dy = problem(lead, dtype=dtype)
   got = call(x, w, dy, n, m)
   x64, w64, dy64 = map(common.float64, (x, w, dy))
-  want = (
-    x64 @ kept(w64, n, m, 0),
-    dy64 @ kept(w64, n, m, 1).T,
-    x64.reshape(-1, 12).T @ dy64.reshape(-1, 8),
-  )
+  rows = x64.reshape(-1, 12), w64, dy64.reshape(-1, 8)
+  y = oracle.bdwp_forward(*rows[:2], n, m)
+  dx, dw = oracle.bdwp_gradients(*rows, n, m)
+  want = y.reshape(dy.shape), dx.reshape(x.shape), dw
   # One rounding of the result in bf16; sums of 12 products in f32.
   tol = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5
   for a, b in zip(got, want, strict=True):
@@ -103,9 +96,10 @@ def test_second_order():
     _, pull = jax.vjp(lambda x: weights.bidirectional_matmul(x, w, 2, 4), x)
     return (pull(dy)[0] ** 2).sum()
 
-  back = common.float64(dy) @ kept(w, 2, 4, 1).T
+  back = np.where(oracle.bdwp_masks(w, 2, 4)[1], w, 0)
+  want = 2 * common.float64(dy) @ back.T @ back
   got = jit(jax.grad(slope, 1))(w, dy)
-  np.testing.assert_allclose(got, 2 * back @ kept(w, 2, 4, 1), 1e-4, 1e-4)
+  np.testing.assert_allclose(got, want, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("axis_type", common.AXIS_TYPES, ids=str)

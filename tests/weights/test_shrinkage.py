@@ -12,6 +12,7 @@ import pytest
 
 from sparsejax import weights
 from sparsejax.select import structures
+from tests.oracles import methods_rest as oracle
 from tests.weights import problem
 from tests.weights.problem import LR
 from tests.weights.problem import SPARSE
@@ -31,36 +32,47 @@ def run(factor, **settings):
   return problem.Run(tx, STEPS, enforced=False)
 
 
-def largest(x, count):
-  """The `count` largest magnitudes; of equal ones the first."""
-  order = np.argsort(-np.abs(np.asarray(x)).ravel(), kind="stable")
-  mask = np.zeros(x.size, bool)
-  mask[order[:count]] = True
-  return mask.reshape(x.shape)
+def largest(x):
+  """The mask of the 5% that are not shrunk."""
+  return oracle.iss_p_mask(np.asarray(x), 0.95)
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_training_follows_the_definition(every):
-  """A loop of NumPy: step, rank, shrink, and at last prune."""
   factor = 0.5
   got = problem.Run(make(factor, every=every), STEPS, enforced=False)
   w = problem.f64(got.params[0])
-  mask = {n: largest(w[n], KEPT[n]) for n in SPARSE}
+  mask = {n: largest(w[n]) for n in SPARSE}
   for t in range(1, STEPS + 1):
     grads = problem.oracle_gradient(w)
     for n in SPARSE:
       if t > UNTIL:
-        grads[n] = grads[n] * mask[n]
-      w[n] = w[n] - LR * grads[n]
-      if t % every == 0 and t <= UNTIL:
-        mask[n] = largest(w[n], KEPT[n])
-      left = factor if t % every == 0 else 1.0
-      w[n] = np.where(mask[n], w[n], (0.0 if t >= UNTIL else left) * w[n])
+        w[n] = np.where(mask[n], w[n] - LR * grads[n], 0)
+      elif t % every:
+        w[n] = w[n] - LR * grads[n]
+      else:
+        left = factor if t < UNTIL else 0.0
+        w[n], mask[n] = oracle.iss_p_step(w[n], -LR * grads[n], 0.95, left)
       np.testing.assert_array_equal(got.masks[t][n], mask[n])
     w["bias"] = w["bias"] - LR * grads["bias"]
     for n in w:
       # Weights of order 1, of which each step rounds a few: in test_methods.
       np.testing.assert_allclose(got.params[t][n], w[n], 0, 40 * 32 * 2.0**-24)
+
+
+def test_a_run_of_given_updates():
+  """The oracle counts steps from 0, so that its last ranking is `until - 1`."""
+  w = problem.numbers(6, 5)
+  updates = [0.3 * problem.numbers(6, 5, seed=t) for t in range(1, 8)]
+  want, masks = oracle.iss_p_run(w, updates, 0.7, 0.8, 4)
+  tx = weights.iss_p(optax.identity(), sparsity=0.7, until=5, factor=0.8)
+  params = {"w": jnp.asarray(w)}
+  state, update = tx.init(params), problem.jit(tx.update)
+  for t, given in enumerate(updates):
+    ups, state = update({"w": given}, state, params)
+    params = optax.apply_updates(params, ups)
+    np.testing.assert_allclose(params["w"], want[t], 1e-5, 1e-6)
+    np.testing.assert_array_equal(weights.masks(state, params)["w"], masks[t])
 
 
 def test_factor_0_is_iterative_hard_thresholding():
@@ -80,7 +92,7 @@ def test_factor_0_is_iterative_hard_thresholding():
   for t in range(STEPS):
     params, state = step(params, state, masks, t >= UNTIL)
     if t < UNTIL:
-      masks = {n: largest(params[n], KEPT[n]) for n in SPARSE}
+      masks = {n: largest(params[n]) for n in SPARSE}
     for n in SPARSE:
       params[n] = np.where(masks[n], params[n], np.float32(0))
       np.testing.assert_array_equal(got.masks[t + 1][n], masks[n])
@@ -102,7 +114,7 @@ def test_factor_1_is_dense_training_then_one_pruning():
     params, state = step(params, state)
     if t == UNTIL:
       for n in SPARSE:
-        mask = largest(params[n], KEPT[n])
+        mask = largest(params[n])
         params[n] = np.where(mask, params[n], np.float32(0))
     problem.assert_bits(got.params[t], problem.copied(params))
 

@@ -40,8 +40,8 @@ def iss_p(
     inner: any Optax optimizer. Its state never sees the shrinking.
     sparsity: share of weights shrunk and at last masked, one number in [0, 1].
     until: the step that prunes, a multiple of `every`.
-    factor: what a shrunk weight is multiplied by, in [0, 1]; the authors'
-      scripts use 0.95.
+    factor: what a shrunk weight is multiplied by, in [0, 1]. The authors'
+      commands give 0.95; their code's default is 0.99.
     every: steps between two shrinkages; the paper's is 1.
     distribution: how the sparsity is divided among layers; the paper's is
       uniform.
