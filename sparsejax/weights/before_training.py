@@ -646,6 +646,7 @@ def _look_of(rule, leaves, where, axes):
     if not hasattr(p, "dtype"):
       raise ValueError(f"params must be arrays, got {p!r} for {n!r}")
   where, network = plans.source_network(where)
+  source = plans.source_of(network, leaves)
   return choices.Look(
     rule=rule,
     plan=plans.make_plan(rule, leaves, where, axes),
@@ -654,7 +655,7 @@ def _look_of(rule, leaves, where, axes):
     memory={},
     key=None,
     step=jnp.int32(0),
-    source=plans.source_of(network, leaves),
+    source=source,
   )
 
 

@@ -104,11 +104,11 @@ def sparsify(
     leaves, rebuild = paths.named(params)
     if any(isinstance(p, jax.ShapeDtypeStruct) for p in leaves.values()):
       return jax.eval_shape(init, params)
+    source = plans.source_of(network, leaves)
     plan = plan_of(leaves)
     memory = {}
     if rule.memory:
       memory = {n: rule.memory(p) for n, p in leaves.items()}
-    source = plans.source_of(network, leaves)
     full = {n: jnp.ones_like(p, bool) for n, p in leaves.items()} | source
     now = look(plan, leaves, {}, memory, key_data, jnp.int32(0), source)
     first, backward = full, full

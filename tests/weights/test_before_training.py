@@ -171,6 +171,11 @@ class ChooseMasksTest(parameterized.TestCase):
     ("none", dict(), "sparsity must be given"),
     ("where", dict(sparsity=0.5, where="c"), "where has a pattern"),
     (
+      "source",
+      dict(sparsity=0.5, where={"c": np.eye(2, dtype=bool)}),
+      r"where\['c'\] must be the mask",
+    ),
+    (
       "distribution",
       dict(sparsity={"a": 0.5}, distribution="global"),
       "distribution must not be given where sparsity is by path",
