@@ -65,6 +65,8 @@ from sparsejax.weights.scores import passed_gradient
 from sparsejax.weights.scores import random
 from sparsejax.weights.scores import Score
 from sparsejax.weights.scores import Seen
+from sparsejax.weights.shrinking import remove_dead_neurons
+from sparsejax.weights.shrinking import Shrunk
 from sparsejax.weights.slicing import rotation
 from sparsejax.weights.slicing import slice_inputs
 from sparsejax.weights.slicing import slice_outputs
