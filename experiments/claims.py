@@ -11,8 +11,11 @@ from configs import recall_dense
 from configs import sae_minilm
 from configs import text_moe
 from configs import text_moe_dense
+from experiments import initial_masks
 from experiments import mixing
+from experiments import regularized
 from experiments import tickets
+from experiments import timings
 
 # Metrics of which less is better; of all others more is.
 LESS = (
@@ -607,6 +610,122 @@ CLAIMS = {
     better=(("soup", "single", "loss"), ("soup", "single", "accuracy")),
     besides=(("soup", "longer", "loss"), ("soup", "longer", "accuracy")),
     grid={"learning_rate": (0.1, 0.3, 1.0)},
+  ),
+  "synflow_999": Procedure(
+    says=(
+      "Pruned to 99.9% before training, a network by SynFlow keeps weights in "
+      "all layers and still trains, where SNIP, GraSP and magnitude lose whole "
+      "layers, and random masks connect nothing."
+    ),
+    source=(
+      "Tanaka et al., Pruning neural networks without any data by iteratively "
+      "conserving synaptic flow (2020), figures 1 and 6, VGG and ResNet on "
+      "CIFAR and Tiny ImageNet"
+    ),
+    differs=(
+      "An MLP of four hidden layers of 400 on MNIST-1D, of which 0.1% are 500 "
+      "weights; 1,000 steps of Adam. SNIP and GraSP score 1,000 examples in "
+      "one shot. All budgets are of all layers together but that of random "
+      "masks, which is of each layer. Collapsed are layers without a weight, "
+      "connected is the share of weights on a path from input to output."
+    ),
+    measure=initial_masks.measure,
+    arms=initial_masks.ARMS,
+    figures=("accuracy", "collapsed", "connected", "density"),
+    better=(
+      *(("synflow", x, "accuracy") for x in initial_masks.ARMS[1:]),
+      *(("synflow", x, "collapsed") for x in initial_masks.ARMS[1:4]),
+    ),
+    besides=(("synflow", "random", "collapsed"),),
+    grid={"learning_rate": (3e-3, 1e-2)},
+  ),
+  "hypersparse": Procedure(
+    says=(
+      "A network trained under a penalty that grows and spares the largest "
+      "weights (HyperSparse) loses less when it is pruned than under L1, and "
+      "is better after fine-tuning, than without a penalty, too."
+    ),
+    source=(
+      "Glandorf et al., HyperSparse Neural Networks: Shifting Exploration to "
+      "Exploitation through Adaptive Regularization (2023), ResNet and VGG on "
+      "CIFAR and Tiny ImageNet"
+    ),
+    differs=(
+      "An MLP of two hidden layers of 100 on MNIST-1D: 2,000 steps of SGD from "
+      "scratch at a constant rate, in which the penalty grows a hundredfold, "
+      "by the same factor each epoch; then the largest 5% of all weights, and "
+      "1,000 steps under that mask. Strength is that of the last epoch. Loss "
+      "change is the validation loss after pruning less that before; pruned "
+      "accuracy is before fine-tuning."
+    ),
+    measure=regularized.measure,
+    arms=regularized.ARMS,
+    figures=("loss_change", "accuracy", "pruned_accuracy", "dense_accuracy"),
+    better=(
+      ("hypersparse", "l1", "loss_change"),
+      ("hypersparse", "l1", "accuracy"),
+      ("hypersparse", "none", "loss_change"),
+      ("hypersparse", "none", "accuracy"),
+    ),
+    besides=(("hypersparse", "l1", "pruned_accuracy"),),
+    grid={"strength": (1e-3, 3e-3, 1e-2, 3e-2)},
+  ),
+  "pixelfly": Procedure(
+    says=(
+      "A training step of a network of flat block butterflies and low-rank "
+      "terms (Pixelfly) takes less time than one of the dense network, at no "
+      "loss of accuracy."
+    ),
+    source=(
+      "Dao et al., Pixelated Butterfly: Simple and Efficient Sparse training "
+      "for Neural Network Models (2021), section 5, Mixer, ViT and GPT-2 on a "
+      "GPU, up to 2.5 times"
+    ),
+    differs=(
+      "On a CPU, an MLP of three hidden layers of 2,048 on MNIST-1D, batches "
+      "of 100, Adam at one rate for both: the second and the third layer are "
+      "blocks of 32, 7 of the 64 in each column, and a rank of 32. Accuracy is "
+      "after 400 steps. That it does not fall cannot be shown by an interval "
+      "above zero: it is not counted."
+    ),
+    measure=timings.pixelfly,
+    arms=("pixelfly", "dense"),
+    figures=("milliseconds", "accuracy", "loss", "parameters"),
+    better=(("pixelfly", "dense", "milliseconds"),),
+    besides=(("pixelfly", "dense", "accuracy"),),
+    ratios=("milliseconds",),
+    about=timings.about,
+  ),
+  "srigl_condensed": Procedure(
+    says=(
+      "At 90% sparsity and batch 1 a condensed layer, of constant fan-in, is "
+      "faster on a CPU than the dense one and than an unstructured sparse one."
+    ),
+    source=(
+      "Lasby et al., Dynamic Sparse Training with Structured Sparsity (2023), "
+      "section 4.4, the last feed-forward layer of ViT-B/16, 3.6 and 2 times"
+    ),
+    differs=(
+      "A layer of 3072 x 768 as the paper's, with random masks of which no "
+      "neuron is ablated. It stays in the cache, which is the dense layer's "
+      "luck: of many are as many layers, one behind the other, as have 128 MiB "
+      "of dense kernels. Masked multiplies by a mask on the way; csr is SciPy, "
+      "on one thread and without a compiler's dispatch."
+    ),
+    measure=timings.condensed,
+    arms=("condensed", "dense", "csr", "masked"),
+    figures=("milliseconds", "milliseconds_of_many"),
+    better=tuple(
+      ("condensed", arm, figure)
+      for arm in ("dense", "csr")
+      for figure in ("milliseconds", "milliseconds_of_many")
+    ),
+    besides=(
+      ("condensed", "masked", "milliseconds"),
+      ("condensed", "masked", "milliseconds_of_many"),
+    ),
+    ratios=("milliseconds", "milliseconds_of_many"),
+    about=timings.about,
   ),
   "sae_frontier": Frontier(
     says=(
