@@ -371,12 +371,7 @@ class Measured:
     # Magnitudes see no text: the model is the same with all sets.
     at = (name, point, 0 if name == "magnitude" else seed)
     if at not in self._found:
-      signatures, texts = self._embeddings(model)
-      self._found[at] = {
-        "retrieval": retrieval(signatures, texts),
-        "fidelity": float((texts * self._dense[1]).sum(1).mean()),
-        "kept": parameters(model) / parameters(self.model),
-      }
+      self._found[at] = self.figures(model)
     return {
       "method": name,
       "structure": point[0],
@@ -385,6 +380,15 @@ class Measured:
       "calibration": self.about["calibration"][seed],
       **errors,
     } | self._found[at]
+
+  def figures(self, model: nnx.Module) -> dict[str, float]:
+    """What a model, like the dense one, is worth beside it."""
+    signatures, texts = self._embeddings(model)
+    return {
+      "retrieval": retrieval(signatures, texts),
+      "fidelity": float((texts * self._dense[1]).sum(1).mean()),
+      "kept": parameters(model) / parameters(self.model),
+    }
 
   def _pruned(self, name, point, seed, bar):
     """A model, and the error of its layers where they are as many as before."""
