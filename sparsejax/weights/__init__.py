@@ -22,6 +22,11 @@ from sparsejax.weights.condensed import condensed_matmul
 from sparsejax.weights.condensed import CondensedDot
 from sparsejax.weights.condensed import CondensedWeight
 from sparsejax.weights.condensed import Lists
+from sparsejax.weights.iso_flop import IsoFlop
+from sparsejax.weights.iso_flop import SparseDoped
+from sparsejax.weights.iso_flop import SparseFactorized
+from sparsejax.weights.iso_flop import SparseParallel
+from sparsejax.weights.iso_flop import SparseWide
 from sparsejax.weights.mechanism import sparsify
 from sparsejax.weights.methods.dynamic import dst_ee
 from sparsejax.weights.methods.dynamic import explored_share
