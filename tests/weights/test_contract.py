@@ -142,6 +142,11 @@ CASES = dict(
     at((0, 384, 48)),
     enforced=False,
   ),
+  iss_p=Case(
+    functools.partial(weights.iss_p, sparsity=0.75, factor=0.5, until=6),
+    at((0, 192, 24)),
+    enforced=False,
+  ),
   structure_decay=Case(
     functools.partial(weights.structure_decay, n=1, m=4, until=6),
     at((0, 576, 72), (3, 384, 48), (6, 192, 24)),
@@ -213,6 +218,7 @@ reference = functools.cache(Reference)
 RARER_ON_MESHES = (
   "dst_ee",
   "gradual_magnitude",
+  "iss_p",
   "mask_decay",
   "rigl_block",
   "rigl_channel",
