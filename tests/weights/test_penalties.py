@@ -153,6 +153,22 @@ def test_the_link_keeps_dtypes_and_other_parameters():
   assert state.count == 1
 
 
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES, ids=str)
+def test_sharded(axis_type):
+  """Nothing but scalars crosses devices, and gradients lie where weights do."""
+  mesh, params = common.mesh_of(axis_type), problem.start()
+  specs = {"a": jax.P("x", "y"), "b": jax.P("x", "y"), "bias": jax.P()}
+  placed = {n: common.place(p, mesh, specs[n]) for n, p in params.items()}
+  slope = jax.grad(lambda p: weights.hypersparse(p, sparsity=SPARSITY))
+  with jax.set_mesh(mesh):
+    compiled = problem.jit(slope).lower(placed).compile()
+    got = compiled(placed)
+  assert not common.moved(compiled) and common.reduced(compiled) == {1}
+  for n, want in closed_form(params, SPARSITY).items():
+    np.testing.assert_allclose(got[n], want, 1e-4, 1e-5)
+    assert got[n].sharding.spec == specs[n]
+
+
 @pytest.mark.parametrize(
   ("call", "message"),
   [

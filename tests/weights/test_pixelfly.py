@@ -63,10 +63,15 @@ def test_it_multiplies_by_its_matrix(k, n, block, max_stride):
   layer = make(k, n, block, max_stride=max_stride)
   want = dense(layer)
   np.testing.assert_allclose(layer.dense(), want, 1e-5, 1e-6)
-  for lead in (), (5,), (2, 3), (0,):
-    x = numbers(*lead, k)
-    bias = common.float64(layer.bias[...])
-    np.testing.assert_allclose(layer(x), x @ want + bias, 1e-5, 1e-5)
+  x, bias = numbers(5, k), common.float64(layer.bias[...])
+  np.testing.assert_allclose(layer(x), x @ want + bias, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3), (0,)], ids=str)
+def test_any_leading_axes(lead):
+  layer, x = make(), numbers(*lead, 12)
+  bias = common.float64(layer.bias[...])
+  np.testing.assert_allclose(layer(x), x @ dense(layer) + bias, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 32])
@@ -169,6 +174,17 @@ def test_dtypes():
 def test_vmap():
   layer, x = make(), numbers(4, 3, 12)
   np.testing.assert_allclose(jax.vmap(layer)(x), layer(x), 1e-5, 1e-5)
+
+
+def test_rows_over_devices():
+  x = jnp.asarray(numbers(8, 12))
+  mesh = common.mesh_of(jax.sharding.AxisType.Explicit)
+  slope = lambda layer, x: (layer(x) ** 2).sum()
+  want = nnx.jit(nnx.grad(slope))(make(), x)
+  with jax.set_mesh(mesh):
+    got = nnx.jit(nnx.grad(slope))(make(), common.place(x, mesh, jax.P("x")))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, 1e-4, 1e-4)
 
 
 def test_it_begins_with_the_variance_of_a_dense_layer():
