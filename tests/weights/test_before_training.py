@@ -142,6 +142,9 @@ class ChooseMasksTest(parameterized.TestCase):
     assert not (masks["a"] & ~source["a"]).any()
     masks = compiled(weights.choose_masks, scores, sparsity=0.5, where=source)
     np.testing.assert_array_equal(masks["a"], source["a"])  # it has no eight
+    below = {n: -1 - np.abs(s) for n, s in scores.items()}
+    masks = compiled(weights.choose_masks, below, sparsity=0.9, where=source)
+    assert masks["a"].sum() == 2  # no score is as good as not to be there
 
   @parameterized.parameters(np.nan, np.inf, -np.inf)
   def test_scores_that_are_not_finite_choose_nothing(self, value):
@@ -441,6 +444,22 @@ class SynflowTest(parameterized.TestCase):
         sparsity={"1/kernel": 0.999, "2/kernel": 0.5},
         rounds=3,
       )
+
+  def test_what_is_pruned_stays_so(self):
+    """Though what is left, its path cut, has no more flow than it has."""
+    layers = {"a": np.float32([[1, 2, 3]]), "b": np.float32([[1], [2], [3]])}
+    # 2 and 3 are left in round 1, 2 and 2, 1 and 2, and 1 and 2 in round 4:
+    # the second of b has then lost its input.
+    masks = compiled(
+      weights.synflow,
+      lambda p, x: x @ p["a"] @ p["b"],
+      layers,
+      jnp.ones((1, 1)),
+      sparsity={"a": 0.7, "b": 0.4},
+      rounds=4,
+    )
+    assert masks["a"].ravel().tolist() == [False, False, True]
+    assert masks["b"].ravel().tolist() == [False, True, True]
 
   def test_structures_and_sources(self):
     layers = network(8, 8, 4, bias=False)

@@ -101,6 +101,8 @@ class SubsetsTest(parameterized.TestCase):
         assert not problem.bits(seen[n])[outside].any(), (t, n)
         if t or name in ENFORCED:  # there is nothing behind the masks either
           assert not problem.bits(run.params[t][n])[outside].any()
+        # Its optimizer has never heard of what is outside.
+        assert not state.inner[0].mu[n][outside].any()
         for extra in (state.backward, state.explored):
           if extra is not None:
             wider = problem.unpacked(extra, run.params[t])[n]
@@ -274,27 +276,36 @@ class StateTest(parameterized.TestCase):
     specs = {"a": jax.P("x", "y"), "b": jax.P("x", "y")}
     rng = np.random.default_rng(0)
     source = {n: rng.random(p.shape) < 0.5 for n, p in params.items()}
-    tx = weights.rigl(
-      optax.sgd(0.1), sparsity=0.75, every=1, until=9, key=KEY, where=source
+    make = functools.partial(
+      weights.rigl, optax.sgd(0.1), sparsity=0.75, every=1, until=9, key=KEY
     )
+    tx = make(where=source)
 
-    @problem.jit
-    def begin(params):
-      state = tx.init(params)
-      return weights.sparse_params(state, params), state
+    def begun(params, source):
+      @problem.jit
+      def begin(params):
+        state = make(where=source).init(params)
+        return weights.sparse_params(state, params), state
+
+      return begin(params)
 
     @problem.jit
     def step(params, state, grads):
       ups, state = tx.update(grads, state, params)
       return optax.apply_updates(params, ups), state
 
-    want = begin(params)
+    want = first = begun(params, source)
     for _ in range(2):
       want = step(*want, params)
     mesh = common.mesh_of(axis_type)
     with jax.set_mesh(mesh):
       put = {n: common.place(p, mesh, specs[n]) for n, p in params.items()}
-      now = begin(put)
+      # Wherever the source lies.
+      apart = {n: common.place(m, mesh, jax.P("y")) for n, m in source.items()}
+      problem.assert_bits(
+        problem.copied(begun(put, apart)), problem.copied(first)
+      )
+      now = begun(put, source)
       program = step.lower(*now, put).compile()
       for _ in range(2):
         now = program(*now, put)
