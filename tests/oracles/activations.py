@@ -101,7 +101,9 @@ def normal_quantile(p):
     return -math.inf
   if p >= 1:
     return math.inf
-  low, high = -40.0, 40.0
+  if p > 0.5:  # Where the probability itself has few digits left.
+    return -normal_quantile(1 - p)
+  low, high = -40.0, 0.0
   for _ in range(200):
     middle = (low + high) / 2
     if normal_cdf(middle) < p:
