@@ -22,9 +22,10 @@ class Pixelfly(nnx.Module):
   blocks (i, i) and (i, i xor 1), (i, i xor 2), (i, i xor 4) ..., n log n. They
   alone exist, are multiplied and trained. gamma is learned, one scalar.
 
-  The paper writes W so and leaves the start open. (The authors' code has a gate
-  for each row of x, or 1/2, in the place of gamma.) Here gamma begins at 1/2,
-  and B, U and V such that outputs begin with the variance of `nnx.Linear`'s.
+  How it begins is a choice of this library: gamma at 1/2, and B, U and V such
+  that outputs have the variance of `nnx.Linear`'s. (The authors' code has a
+  gate for each row of x, or 1/2, in the place of gamma.)
+
   The paper's attention scores have the same blocks:
   `sparsejax.attention.patterns.butterfly`.
 
