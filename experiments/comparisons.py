@@ -135,8 +135,8 @@ def card(name: str, claim: claims.Procedure, result: Mapping[str, Any]) -> str:
     f"{tuning}; {count} paired seeds compare the arms. Brackets are 95% "
     "t-intervals.",
     "",
-    *(f"{what}: {told}. " for what, told in result["about"].items()),
-    "",
+    *(f"{what}: {told}." for what, told in result["about"].items()),
+    *([""] if result["about"] else []),
     "| arm | " + _cells([f.replace("_", " ") for f in figures] + ["tuned"]),
     "| --- " * (len(figures) + 2) + "|",
   ]

@@ -122,7 +122,9 @@ def run(measured: prune.Measured, wanted: Sequence[tuple]) -> dict[str, Any]:
       about = {"kind": kind, "sparsity": sparsity, "seed": seed}
       about["density"] = procedures.density(masks, where)
       rows.append(about | measured.figures(model))
+  # Nothing is calibrated: of the split there is what evaluates.
   about = {n: x for n, x in measured.about.items() if n != "calibration"}
+  about["split"] = about["split"].partition(",")[0]
   return {"about": about, "dense": measured.dense, "rows": rows}
 
 

@@ -165,7 +165,8 @@ def main(argv):
         rows.append({"seed": seed, "density": density, "arms": arms})
         bar.set_postfix(density=f"{density:.1%}", refresh=False)
         bar.update()
-  about = {n: given[n].value for n in ("fraction", "rewind", "learning_rate")}
+  fields = ("fraction", "rewind", "learning_rate", "steps")
+  about = {name: getattr(given, name) for name in fields}
   print(table(rows))
   found = {"about": about, "rows": rows}
   files.write(workdir / "tickets.json", json.dumps(found, indent=2) + "\n")

@@ -29,7 +29,7 @@ SHAPE, SPARSITY = (3072, 768), 0.9
 
 WIDTH, DEPTH = 2_048, 3
 BLOCK, RANK = 32, 32
-STEPS = 300
+STEPS = 200
 
 
 def about() -> dict[str, str]:

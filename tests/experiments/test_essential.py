@@ -119,6 +119,7 @@ class Measured:
     assert (source, seeds, calibration, evaluation) == ("small", 1, 1, 7)
     self.model = model()
     self.about = {"model": "none", "calibration": {0: "abc"}}
+    self.about["split"] = "7 pairs evaluate all seeds, 1 docstring calibrates"
     self.dense = {"retrieval": 1.0, "fidelity": 1.0, "kept": 1.0}
 
   def figures(self, model):
@@ -143,7 +144,8 @@ def test_a_run_writes_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
   essential.main(["essential"])
   found = json.loads((tmp_path / "found" / "essential.json").read_text())
   assert len(found["rows"]) == 2 + 7 + 4
-  assert found["about"] == {"model": "none"}
+  split = "7 pairs evaluate all seeds"
+  assert found["about"] == {"model": "none", "split": split}
   rows = {(r["kind"], r["sparsity"], r["seed"]): r for r in found["rows"]}
   for sparsity in (0.2, 0.8):
     largest = rows["magnitude", sparsity, 0]["retrieval"]

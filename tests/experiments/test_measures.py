@@ -1,5 +1,8 @@
 """What claims about procedures measure, on tiny settings: figures, no times."""
 
+import json
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +168,31 @@ def test_a_table_and_a_picture_of_tickets(tmp_path):
   assert "[" not in tickets.table(rows[:1])
   tickets.draw(rows, tmp_path / "tickets.png")
   assert (tmp_path / "tickets.png").stat().st_size > 10_000
+
+
+def test_the_launcher_of_tickets_writes_rows_and_a_picture(
+  tmp_path, monkeypatch, capsys
+):
+  given = types.SimpleNamespace(
+    workdir=str(tmp_path / "found"),
+    seeds=2,
+    rounds=1,
+    fraction=0.5,
+    steps=12,
+    early=20,  # more than there are
+    rewind=0,
+    learning_rate=1e-2,
+  )
+  monkeypatch.setattr(tickets.flags, "FLAGS", given)
+  tickets.main(["tickets"])
+  found = json.loads((tmp_path / "found" / "tickets.json").read_text())
+  assert [row["seed"] for row in found["rows"]] == [0, 0, 1, 1]
+  assert found["about"]["fraction"] == 0.5
+  for row in found["rows"]:  # all steps are early
+    for figures in row["arms"].values():
+      assert figures["early_accuracy"] == figures["accuracy"]
+  assert "50.0%  reinitialized" in capsys.readouterr().out
+  assert (tmp_path / "found" / "tickets.png").exists()
 
 
 def test_density_counts_what_may_be_masked():
