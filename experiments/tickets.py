@@ -186,5 +186,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer(
     "rewind", 0, "The step that resets go back to.", lower_bound=0
   )
-  flags.DEFINE_float("learning_rate", 3e-3, "Of Adam.")
+  flags.DEFINE_float("learning_rate", 3e-2, "Of Adam.")
   app.run(main)
