@@ -457,6 +457,35 @@ def teal_mlp(x, w_gate, w_up, w_down, t_gate, t_up, t_down):
   return matmul(apply_threshold(hidden, t_down), w_down)
 
 
+def greedy_sparsities(sizes, target, step, error):
+  """One sparsity for each matrix of a block, raised where it hurts least.
+
+  Liu et al. 2024 (arXiv 2408.14690); the authors' code: until the mean,
+  weighed by size, reaches the target, of all matrices below 1 the one whose
+  next step leaves the least error(sparsities) takes it; a matrix's step is
+  `step` over its size, so that all steps save the same.
+
+  The second matrix is twice as large and its error the smaller.
+
+  >>> greedy_sparsities([1, 2], 0.5, 0.5, lambda s: 3 * s[0] + s[1])
+  [0.0, 0.75]
+  """
+  out = [0.0] * len(sizes)
+  mean = lambda: (
+    sum(s * n for s, n in zip(out, sizes, strict=True)) / sum(sizes)
+  )
+  while mean() < target:
+    best = None
+    for i, size in enumerate(sizes):
+      if out[i] < 1:
+        trial = out[:i] + [out[i] + step / size] + out[i + 1 :]
+        found = error(trial)
+        if best is None or found < best[0]:
+          best = found, trial
+    out = best[1]
+  return out
+
+
 def cats_mlp(x, w_gate, w_up, w_down, threshold):
   """A gated MLP with a threshold after the gate's SiLU.
 

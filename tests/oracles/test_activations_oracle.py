@@ -5,6 +5,7 @@ drawn by `normal`.
 """
 
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -221,6 +222,21 @@ class ThresholdTest(parameterized.TestCase):
       for s in (0.1, 0.3, 0.5, 0.7, 0.95)
     ]
     printed(found, AUTHORS["cats"])
+
+  def test_greedy(self):
+    """Errors that are convex and add up: greedy is the best of all splits."""
+    slopes = np.abs(normal(5, 3))
+    error = lambda s: sum(c * v**2 for c, v in zip(slopes, s, strict=True))
+    found = oracle.greedy_sparsities([1, 1, 1], 0.5, 0.125, error)
+    grid = itertools.product(np.arange(9) / 8, repeat=3)
+    best = min((s for s in grid if sum(s) == 1.5), key=error)
+    exact(found, best)
+    # Sizes: every step saves the same, and the target is reached.
+    sizes = [1, 4, 2]
+    found = oracle.greedy_sparsities(sizes, 0.3, 0.1, error)
+    saved = np.array(found) * sizes
+    exact(saved / 0.1, np.round(saved / 0.1), atol=1e-9)
+    self.assertBetween(saved.sum() / 7, 0.3 - 1e-12, 0.3 + 0.1 / 7)
 
   def test_mlps(self):
     x = normal(0, 3, 4)
