@@ -573,8 +573,9 @@ CLAIMS = {
       "An MLP of two hidden layers of 100 on MNIST-1D, 1,000 steps of Adam at "
       "a constant rate on 100 examples each, ten rounds of 20% of each layer, "
       "the last one too, which the paper prunes at half the rate. Early "
-      "accuracy is after 100 steps. Random masks keep as many weights of each layer, at "
-      "the ticket's initialization. All arms see the same data in one order."
+      "accuracy is after 100 steps. Random masks keep as many weights of "
+      "each layer, at the ticket's initialization. All arms see the same data "
+      "in one order."
     ),
     measure=tickets.measure,
     arms=tickets.ARMS,
