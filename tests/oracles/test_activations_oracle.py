@@ -48,7 +48,7 @@ def differences(function, array, step=1e-5):
 class MeterTest(parameterized.TestCase):
   @parameterized.parameters(0.0, 0.3, 5.0)
   def test_against_numpy(self, threshold):
-    a = np.maximum(normal(0, 7, 5), 0)
+    a = normal(0, 7, 5) * (normal(1, 7, 5) > 0)
     fires = np.abs(a) > threshold
     exact(oracle.density(a, threshold), fires.mean())
     exact(oracle.token_density(a, threshold), fires.mean(1))
@@ -193,6 +193,12 @@ class ThresholdTest(parameterized.TestCase):
   def test_zero_changes_nothing(self):
     a = np.array([[0.0, -1e-300, 2.0]])
     np.testing.assert_array_equal(oracle.apply_threshold(a, 0.0), a)
+
+  def test_equal_entries(self):
+    a = np.round(normal(4, 9, 5))
+    for keep_equal, kept in ((False, abs(a) > 1), (True, abs(a) >= 1)):
+      out = oracle.apply_threshold(a, 1.0, keep_equal)
+      np.testing.assert_array_equal(out, np.where(kept, a, 0))
 
   @parameterized.parameters(0.05, 0.5, 0.81)
   def test_histogram(self, sparsity):

@@ -270,6 +270,9 @@ class LtSftTest(parameterized.TestCase):
   def test_ties(self):
     masks = oracle.most_changed([np.zeros(4)], [np.ones(4)], 2)
     self.assertEqual(self.flat(masks), [1, 1, 0, 0])
+    # What has a mask is not chosen again, even before what never changed.
+    more = oracle.most_changed([np.zeros(4)], [np.zeros(4)], 2, masks)
+    self.assertEqual(self.flat(more), [1, 1, 1, 1])
 
   def test_difference(self):
     dense = normal(10, 3, 4) * (normal(11, 3, 4) > 0.3)
