@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import auto as tqdm
 
+from experiments.bench import activations
 from experiments.bench import attention
 from experiments.bench import condensed
 from experiments.bench import decode
@@ -35,6 +36,7 @@ from experiments.bench import weights
 _ROOMS = {
   "select": select,
   "weights": weights,
+  "activations": activations,
   "attention": attention,
   "decode": decode,
   "selection": selection,

@@ -1,5 +1,15 @@
 """Which neurons fire."""
 
+from sparsejax.activations.ffn import spark_ffn
+from sparsejax.activations.ffn import sparse_ffn
+from sparsejax.activations.ffn import sparse_glu
+from sparsejax.activations.ffn import sparse_matmul
+from sparsejax.activations.ffn import threshold_ffn
+from sparsejax.activations.low_rank import r_sparse
+from sparsejax.activations.low_rank import r_sparse_budget
+from sparsejax.activations.low_rank import r_sparse_fit
+from sparsejax.activations.low_rank import r_sparse_search
+from sparsejax.activations.low_rank import RSparse
 from sparsejax.activations.meters import Activity
 from sparsejax.activations.meters import density
 from sparsejax.activations.thresholds import calibrate
