@@ -1,5 +1,14 @@
 """Which parameters change: fine-tuning that trains few of them."""
 
+from sparsejax.finetuning.deltas import compose
+from sparsejax.finetuning.deltas import Delta
+from sparsejax.finetuning.deltas import delta
+from sparsejax.finetuning.masks import block_scores
+from sparsejax.finetuning.masks import distance_penalty
+from sparsejax.finetuning.masks import fish_mask
+from sparsejax.finetuning.masks import fisher_scores
+from sparsejax.finetuning.masks import lt_sft_masks
+from sparsejax.finetuning.masks import smt_blocks
 from sparsejax.finetuning.meters import update_masks
 from sparsejax.finetuning.meters import update_sparsity
 from sparsejax.finetuning.trained import Blocks

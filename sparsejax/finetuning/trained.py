@@ -216,7 +216,7 @@ def choose(params: PyTree, chosen: PyTree) -> PyTree:
   [1, 2]
   """
   leaves, rebuild = paths.named(params)
-  found = _choices(chosen, leaves)
+  found = named_choices(chosen, leaves)
   return rebuild({n: found.get(n, _NOTHING) for n in leaves})
 
 
@@ -239,7 +239,7 @@ def take(params: PyTree, chosen: PyTree) -> PyTree:
   [1.0, 2.0]
   """
   leaves, rebuild = paths.named(params)
-  found = _choices(chosen, leaves)
+  found = named_choices(chosen, leaves)
   return rebuild(_taken(found, leaves))
 
 
@@ -268,7 +268,7 @@ def put(params: PyTree, chosen: PyTree, parts: PyTree) -> PyTree:
   {'b': MaskedNode(), 'w': Array([1., 1.], dtype=float32)}
   """
   leaves, rebuild = paths.named(params)
-  found, given = _choices(chosen, leaves), paths.named(parts)[0]
+  found, given = named_choices(chosen, leaves), paths.named(parts)[0]
   if given.keys() != found.keys():
     raise ValueError(
       f"parts must be of {sorted(found)}, got those of {sorted(given)}"
@@ -336,7 +336,7 @@ def train_only(
   if not isinstance(inner, optax.GradientTransformation):
     raise ValueError(f"inner must be an Optax optimizer, got {inner!r}")
   inner = optax.with_extra_args_support(inner)
-  wanted, shapes = _named_choices(chosen)
+  wanted, shapes = _read(chosen)
 
   def init(params):
     leaves, rebuild = paths.named(params)
@@ -408,14 +408,14 @@ def _replaced(found, leaves, parts):
   return {n: c.put(leaves[n], parts[n]) for n, c in found.items()}
 
 
-def _choices(chosen, leaves):
+def named_choices(chosen, leaves):
   """Choices by name, fitting."""
-  found, shapes = _named_choices(chosen)
+  found, shapes = _read(chosen)
   _check(found, shapes, leaves)
   return found
 
 
-def _named_choices(chosen):
+def _read(chosen):
   """Choices by name, without those of nothing; and the shapes of all masks.
 
   Only whole masks are read here; an index may be traced, as `choose` made it.
