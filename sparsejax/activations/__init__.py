@@ -5,6 +5,15 @@ from sparsejax.activations.ffn import sparse_ffn
 from sparsejax.activations.ffn import sparse_glu
 from sparsejax.activations.ffn import sparse_matmul
 from sparsejax.activations.ffn import threshold_ffn
+from sparsejax.activations.gates import bernoulli_gate
+from sparsejax.activations.gates import best_baseline
+from sparsejax.activations.gates import noisy_rectifier
+from sparsejax.activations.gates import output_gate
+from sparsejax.activations.gates import OutputGate
+from sparsejax.activations.gates import reinforce
+from sparsejax.activations.gates import stochastic_times_smooth
+from sparsejax.activations.losses import density_loss
+from sparsejax.activations.losses import rate_loss
 from sparsejax.activations.low_rank import r_sparse
 from sparsejax.activations.low_rank import r_sparse_budget
 from sparsejax.activations.low_rank import r_sparse_fit
