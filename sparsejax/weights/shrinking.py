@@ -45,9 +45,9 @@ def remove_dead_neurons(
   with them the weights of others, which so may die too: it repeats until none
   is left. Inputs of the first layer and outputs of the last stay.
 
-  Masks alone decide, not whether an active weight happens to be zero. A module
-  of the new sizes takes the parameters; masks go on with
-  `sparsejax.weights.keep_masked`.
+  Masks alone decide, not whether an active weight happens to be zero. A masked
+  bias that is given a constant becomes active. A module of the new sizes takes
+  the parameters; masks go on with `sparsejax.weights.keep_masked`.
 
   Args:
     params: the parameters. A layer has a "kernel" [inputs, outputs] and may
@@ -112,7 +112,7 @@ def remove_dead_neurons(
       changed = True
       (constant,) = np.nonzero(~entered & left)
       if len(constant):
-        _fold(leaves, layer, following, constant, activation)
+        _fold(leaves, live, layer, following, constant, activation)
       take(kernel, alive, 1)
       take(after, alive, 0)
       if f"{layer}/bias" in leaves:
@@ -123,7 +123,7 @@ def remove_dead_neurons(
   return Shrunk(rebuild(leaves), rebuild_masks(bits), kept)
 
 
-def _fold(leaves, layer, following, neurons, activation):
+def _fold(leaves, live, layer, following, neurons, activation):
   """Adds to the next bias what the constant `neurons` of `layer` give it."""
   kernel = leaves[f"{following}/kernel"][neurons]
   bias = leaves.get(f"{layer}/bias")
@@ -134,6 +134,8 @@ def _fold(leaves, layer, following, neurons, activation):
   name = f"{following}/bias"
   if name in leaves:
     leaves[name] = (leaves[name] + more).astype(leaves[name].dtype)
+    # A masked bias that now holds a constant must not go back to zero.
+    live[name] = live[name] | (np.asarray(more) != 0)
   elif np.any(np.asarray(more)):
     raise ValueError(
       f"{following} must have a bias, for what constant neurons of {layer} "

@@ -118,6 +118,21 @@ def test_death_spreads_both_ways():
   np.testing.assert_allclose(got.params["mlp"]["out"]["bias"], bias, 1e-6)
 
 
+def test_a_masked_bias_that_is_given_a_constant_becomes_active():
+  """Or training under the masks would take it away again."""
+  params, masks = problem(0.1)
+  for layer, bits in zip(in_order(params), in_order(masks), strict=True):
+    bits["bias"] = np.zeros(layer["bias"].shape, bool)
+  masked = lambda p, m: jax.tree.map(lambda p, m: np.where(m, p, 0), p, m)
+  x, sigmoid = numbers(4, 5), ACTIVATIONS["sigmoid"][2]
+  want = apply(masked(params, masks), masks, x, sigmoid)
+  got = weights.remove_dead_neurons(params, masks, LAYERS, jax.nn.sigmoid)
+  assert in_order(got.masks)[-1]["bias"].any()
+  kept = apply(masked(got.params, got.masks), got.masks, x, sigmoid)
+  # Sums of a few f32 terms of order 1.
+  np.testing.assert_allclose(kept, want, 0, 1e-5)
+
+
 def test_nothing_is_left_but_a_bias():
   params, masks = problem(0.0)
   got = weights.remove_dead_neurons(params, masks, LAYERS)
