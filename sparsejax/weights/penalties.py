@@ -1,6 +1,7 @@
 """Penalties that push small weights towards zero before they are pruned."""
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def hypersparse(
     params: the parameters.
     sparsity: share of weights that will be pruned, in [0, 1]; at 1 q is the
       largest magnitude.
-    where: which parameters count, as in `sparsify`.
+    where: which parameters count: a pattern or a function, as in `sparsify`.
 
   Returns:
     A scalar (f32), to be added to a loss, times a strength that grows.
@@ -78,9 +79,10 @@ def add_hypersparse(
   `optax.exponential_decay(5e-4, steps_per_epoch, 1.05, staircase=True)`.
 
   Args:
-    strength: a number of 0 or more, or a schedule of the step.
+    strength: a number of 0 or more, or a schedule of the step; an array where
+      `optax.inject_hyperparams` holds it (with `sparsity` a static argument).
     sparsity: share of weights that will be pruned, in [0, 1].
-    where: which parameters count, as in `sparsify`.
+    where: which parameters count: a pattern or a function, as in `sparsify`.
 
   Returns:
     An Optax transformation; `update` needs `params`.
@@ -101,9 +103,9 @@ def add_hypersparse(
    [-0.17  0.19]]
   """
   budgets.check_share("sparsity", sparsity)
-  if not callable(strength) and not (
-    isinstance(strength, (int, float)) and strength >= 0
-  ):
+  # An array may be a hyperparameter that is known at run time only.
+  known = not callable(strength) and not isinstance(strength, jax.Array)
+  if known and not (isinstance(strength, numbers.Real) and strength >= 0):
     raise ValueError(
       f"strength must be a number of 0 or more, or a schedule, got {strength!r}"
     )
@@ -116,11 +118,14 @@ def add_hypersparse(
     if params is None:
       raise ValueError(masks.NO_PARAMS)
     now = strength(state.count) if callable(strength) else strength
-    slopes = jax.grad(_penalty)(_selected(params, where), sparsity)
+    # In f32 also for weights of a narrow type, which holds no steep slope.
+    wide = {
+      n: w.astype(jnp.float32) for n, w in _selected(params, where).items()
+    }
+    slopes = jax.grad(_penalty)(wide, sparsity)
     ups, rebuild = paths.named(updates)
     for n, slope in slopes.items():
-      more = now * slope.astype(jnp.float32)
-      ups[n] = (ups[n] + more).astype(ups[n].dtype)
+      ups[n] = (ups[n] + now * slope).astype(ups[n].dtype)
     count = optax.safe_increment(state.count)
     return rebuild(ups), optax.ScaleByScheduleState(count)
 

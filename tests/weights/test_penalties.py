@@ -153,6 +153,31 @@ def test_the_link_keeps_dtypes_and_other_parameters():
   assert state.count == 1
 
 
+def test_slopes_of_half_precision_weights_are_those_of_float32():
+  """Steep ones too: s alone is beyond float16 here."""
+  w = jnp.asarray([[6e-8, 6e-8, 1.0, 2.0]], jnp.float16)
+  tx = weights.add_hypersparse(1e-3, sparsity=0.25)
+  narrow, wide = {"kernel": w}, {"kernel": w.astype(jnp.float32)}
+  zeros = jax.tree.map(jnp.zeros_like, wide)
+  got, want = (tx.update(zeros, tx.init(p), p)[0] for p in (narrow, wide))
+  assert np.isfinite(got["kernel"]).all()
+  problem.assert_bits(got["kernel"], want["kernel"])
+
+
+def test_the_strength_may_be_an_injected_hyperparameter():
+  inject = optax.inject_hyperparams(
+    weights.add_hypersparse, static_args=("sparsity",)
+  )
+  params = problem.start()
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  for strength in (0.25, np.float32(0.25), lambda step: 0.25):
+    plain = weights.add_hypersparse(strength, sparsity=SPARSITY)
+    tx = inject(strength, sparsity=SPARSITY)
+    got = problem.jit(lambda p, tx=tx: tx.update(zeros, tx.init(p), p)[0])
+    want = problem.jit(lambda p, tx=plain: tx.update(zeros, tx.init(p), p)[0])
+    problem.assert_bits(got(params)["a"], want(params)["a"])
+
+
 @pytest.mark.parametrize("axis_type", common.AXIS_TYPES, ids=str)
 def test_sharded(axis_type):
   """Nothing but scalars crosses devices, and gradients lie where weights do."""
