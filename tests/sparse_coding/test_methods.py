@@ -285,11 +285,11 @@ def families(key, atoms, rows=training.ROWS):
 def test_a_first_prefix_keeps_parents_that_children_would_absorb():
   """Holds: a parent's latent is active in more of the rows with a child.
 
-  In 0.73, 0.89 and 0.67 of them, a BatchTopK's in 0.56, 0.67 and 0.59, a
-  TopK's in 0.34, 0.31 and 0.38. The cosine with the parent is not better, 0.88,
-  0.88 and 0.82 of 0.86, 0.86 and 0.88, nor is what is recovered of all atoms.
+  Over ten seeds in 0.58 to 0.96 of them, a BatchTopK's in 0.49 to 0.67: 0.26
+  more, +- 0.11 at 95%, and in nine of the ten. The cosine with the parent is
+  not better, nor is what is recovered of all atoms.
   """
-  planted = training.atoms(3, PARENTS * (1 + CHILDREN))
+  planted = training.atoms(10, PARENTS * (1 + CHILDREN))
   draw = lambda key, atoms: families(key, atoms)[0]
   settings = dict(k=2.5, dead_after=4096)
 
@@ -311,8 +311,14 @@ def test_a_first_prefix_keeps_parents_that_children_would_absorb():
       (sparse_coding.matryoshka_sae, dict(sizes=(PARENTS, 32))),
     )
   )
-  for a, b, atoms in zip(plain, nested, planted):
-    assert share(b, atoms) > share(a, atoms)
+  more = np.array(
+    [
+      share(b, atoms) - share(a, atoms)
+      for a, b, atoms in zip(plain, nested, planted)
+    ]
+  )
+  # One seed's training turns out otherwise on another processor.
+  assert more.mean() > 2.262 * more.std(ddof=1) / np.sqrt(len(more))
 
 
 def draw_by_rank(key, atoms, rows=training.ROWS):
