@@ -391,7 +391,8 @@ def random_masks(
     distribution: how one sparsity is divided among layers: a name in
       `select.BUDGETS`, a budget function, or "global"; "erk" by default.
     bernoulli: whether each weight is drawn alone, so that counts are right on
-      average; otherwise they are exact.
+      average; otherwise they are exact. (Both keep all of a source network that
+      has fewer.)
     where: which parameters are sparse, as in `sparsify`.
     axes: dimension numbers, for all or by path pattern.
 
@@ -435,13 +436,12 @@ def random_masks(
   names = list(look.plan.leaves)
   density = plans.densities(rule, leaves, names, axes)
   drawn = look.seen(whole)
-  return rebuild(
-    whole
-    | {
-      n: whole[n] & (scores_lib.random(drawn[n]) < jnp.float32(density[n]))
-      for n in names
-    }
-  )
+  for n, p in density.items():
+    p = jnp.float32(p)
+    if n in look.source:  # which has fewer to draw from
+      p = p / jnp.maximum(_share(whole[n], look.plan.leaves[n].axes), 1e-30)
+    whole[n] &= scores_lib.random(drawn[n]) < p
+  return rebuild(whole)
 
 
 def sparsities(masks: PyTree) -> dict[str, float]:
@@ -455,6 +455,8 @@ def sparsities(masks: PyTree) -> dict[str, float]:
   Returns:
     Shares by pattern: each matches the path of one parameter and no other.
     Parameters that are masked nowhere are left out, and so stay dense.
+
+    Layers of a stack share one.
 
   Raises:
     ValueError: masks are not boolean arrays, or not concrete.
@@ -527,6 +529,14 @@ def rescale_fan_in(
     scaled = (_f32(p) * jnp.sqrt(inputs / active)).astype(p.dtype)
     leaves[n] = jnp.where(m, scaled, jnp.zeros((), p.dtype))
   return rebuild(leaves)
+
+
+def _share(mask, axes):
+  """The share active of each layer of a stack, broadcasting against it."""
+  stack = axes.of(mask.ndim).stack
+  over = tuple(a for a in range(mask.ndim) if a not in stack)
+  size = math.prod(mask.shape[a] for a in over)
+  return _f32(thresholds.count([mask], over)) / max(size, 1)
 
 
 def _f32(x):

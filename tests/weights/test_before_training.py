@@ -557,6 +557,25 @@ class RandomMasksTest(parameterized.TestCase):
     np.testing.assert_array_equal(got["dense"], want)
     assert got["conv"].all() and got["head"].all()
 
+  def test_bernoulli_draws_within_a_source(self):
+    """Counts are right on average there too, for each layer of a stack."""
+    params = {"stack": np.zeros((2, 40, 20), np.float32)}
+    source = {"stack": np.ones((2, 40, 20), bool)}
+    source["stack"][1, 20:] = False
+    masks = weights.random_masks(
+      KEY,
+      params,
+      sparsity=0.7,
+      bernoulli=True,
+      where=source,
+      axes=structures.Axes(stack=(0,)),
+    )
+    counts = np.asarray(masks["stack"]).sum((1, 2))
+    for count, (size, share) in zip(counts, ((800, 0.3), (400, 0.6))):
+      low, high = oracle.binomial_range(size, share)
+      assert low <= count <= high
+    assert not (masks["stack"] & ~source["stack"]).any()
+
   def test_they_are_those_of_static(self):
     tx = weights.static(optax.sgd(0.1), sparsity=0.8, key=KEY)
 
