@@ -211,6 +211,17 @@ def test_a_run_goes_on_from_a_checkpoint(tmp_path):
   problem.assert_bits(problem.copied(state), got.states[-1])
 
 
+def test_sparsity_by_path_and_n_of_m():
+  """As every other method takes them, so also `weights.sparsities(masks)`."""
+  params = problem.start()
+  for settings, counts in (
+    (dict(sparsity={"^a$": 0.75}), {"a": 32, "b": 192}),
+    (dict(sparsity=None, structure=structures.NM(2, 4)), {"a": 64, "b": 96}),
+  ):
+    masks = weights.masks(make(0.5, **settings).init(params), params)
+    assert {n: int(masks[n].sum()) for n in SPARSE} == counts
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [

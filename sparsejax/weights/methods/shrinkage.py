@@ -1,5 +1,7 @@
 """Training from scratch while the smallest weights shrink, again and again."""
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import optax
 
@@ -14,11 +16,11 @@ from sparsejax.weights import scores
 def iss_p(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float,
+  sparsity: rules.Sparsity,
   until: int,
   factor: float = 0.95,
   every: int = 1,
-  distribution: rules.Distribution = "uniform",
+  distribution: rules.Distribution = None,
   structure: rules.Structure = structures.Unstructured(),
   where: plans.Where = None,
   axes: plans.AxesByPath = structures.Axes(),
@@ -38,13 +40,15 @@ def iss_p(
 
   Args:
     inner: any Optax optimizer. Its state never sees the shrinking.
-    sparsity: share of weights shrunk and at last masked, one number in [0, 1].
+    sparsity: share of weights shrunk and at last masked, in [0, 1]; a schedule
+      of the step; or either by path pattern. None where every structure fixes
+      it, as n:m does.
     until: the step that prunes, a multiple of `every`.
     factor: what a shrunk weight is multiplied by, in [0, 1]. The authors'
       commands give 0.95; their code's default is 0.99.
     every: steps between two shrinkages; the paper's is 1.
-    distribution: how the sparsity is divided among layers; the paper's is
-      uniform.
+    distribution: how one sparsity is divided among layers; "uniform", which is
+      the paper's, by default.
     structure: what shape masks take, for all weights or by path pattern.
     where: which parameters are sparse, as in `sparsify`.
     axes: dimension numbers, for all or by path pattern.
@@ -72,8 +76,7 @@ def iss_p(
   [[4.0, 1.0], [0.5, 3.0]]
   [[4.0, 0.0], [0.0, 3.0]]
   """
-  for name, value in dict(sparsity=sparsity, factor=factor).items():
-    budgets.check_share(name, value)
+  budgets.check_share("factor", factor)
   for name, value in dict(until=until, every=every).items():
     rules.check_step(name, value)
   if every < 1:
@@ -82,6 +85,9 @@ def iss_p(
     raise ValueError(
       f"until must be a multiple of every={every} above 0, got {until}"
     )
+  one = sparsity is not None and not isinstance(sparsity, Mapping)
+  if distribution is None and one:
+    distribution = "uniform"
 
   def shrink(step):
     now = jnp.where(step % every == 0, factor, 1.0)
