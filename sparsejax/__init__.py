@@ -25,10 +25,13 @@ mixtures of experts                  | sparsejax.routing.MoE
 routers, balancing, dispatchers      | sparsejax.routing.top_k, dropless, ...
 sparse autoencoders                  | sparsejax.sparse_coding.Autoencoder
 OMP, ISTA and other solvers          | sparsejax.sparse_coding.omp, ista, ...
+top-k, thresholds of activations     | sparsejax.activations.top_k, ...
+layers that read what fires          | sparsejax.activations.sparse_ffn
 methods of two rooms (UMoE)          | sparsejax.recipes.UMoE
 pictures of masks and attention      | sparsejax.plots
 """
 
+from sparsejax import activations
 from sparsejax import attention
 from sparsejax import plots
 from sparsejax import recipes
