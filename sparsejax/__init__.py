@@ -27,12 +27,15 @@ sparse autoencoders                  | sparsejax.sparse_coding.Autoencoder
 OMP, ISTA and other solvers          | sparsejax.sparse_coding.omp, ista, ...
 top-k, thresholds of activations     | sparsejax.activations.top_k, ...
 layers that read what fires          | sparsejax.activations.sparse_ffn
+fine-tuning of chosen entries        | sparsejax.finetuning.train_only
+FISH, LT-SFT, SMT, S2FT              | sparsejax.finetuning.fish_mask, ...
 methods of two rooms (UMoE)          | sparsejax.recipes.UMoE
 pictures of masks and attention      | sparsejax.plots
 """
 
 from sparsejax import activations
 from sparsejax import attention
+from sparsejax import finetuning
 from sparsejax import plots
 from sparsejax import recipes
 from sparsejax import routing

@@ -11,6 +11,14 @@ from sparsejax.finetuning.masks import lt_sft_masks
 from sparsejax.finetuning.masks import smt_blocks
 from sparsejax.finetuning.meters import update_masks
 from sparsejax.finetuning.meters import update_sparsity
+from sparsejax.finetuning.partial import add_parts
+from sparsejax.finetuning.partial import merge_parts
+from sparsejax.finetuning.partial import partial_matmul
+from sparsejax.finetuning.partial import PartialDot
+from sparsejax.finetuning.partial import PartIndex
+from sparsejax.finetuning.partial import TrainedPart
+from sparsejax.finetuning.s2ft import co_permute
+from sparsejax.finetuning.s2ft import s2ft_order
 from sparsejax.finetuning.trained import Blocks
 from sparsejax.finetuning.trained import choose
 from sparsejax.finetuning.trained import Entries

@@ -92,7 +92,7 @@ def compose(start: PyTree, *deltas: Delta) -> PyTree:
     parts = paths.named(d.parts)[0]
     if new := parts.keys() - leaves.keys():
       raise ValueError(f"deltas must be of start, got some of {sorted(new)}")
-    for n, c in trained.named_choices(d.choices, leaves).items():
+    for n, c in trained.choices_by_name(d.choices, leaves).items():
       total = sums.get(n, _wide(leaves[n]))
       sums[n] = c.put(total, c.take(total) + parts[n])
   return rebuild(

@@ -216,7 +216,7 @@ def choose(params: PyTree, chosen: PyTree) -> PyTree:
   [1, 2]
   """
   leaves, rebuild = paths.named(params)
-  found = named_choices(chosen, leaves)
+  found = choices_by_name(chosen, leaves)
   return rebuild({n: found.get(n, _NOTHING) for n in leaves})
 
 
@@ -239,7 +239,7 @@ def take(params: PyTree, chosen: PyTree) -> PyTree:
   [1.0, 2.0]
   """
   leaves, rebuild = paths.named(params)
-  found = named_choices(chosen, leaves)
+  found = choices_by_name(chosen, leaves)
   return rebuild(_taken(found, leaves))
 
 
@@ -268,7 +268,7 @@ def put(params: PyTree, chosen: PyTree, parts: PyTree) -> PyTree:
   {'b': MaskedNode(), 'w': Array([1., 1.], dtype=float32)}
   """
   leaves, rebuild = paths.named(params)
-  found, given = named_choices(chosen, leaves), paths.named(parts)[0]
+  found, given = choices_by_name(chosen, leaves), paths.named(parts)[0]
   if given.keys() != found.keys():
     raise ValueError(
       f"parts must be of {sorted(found)}, got those of {sorted(given)}"
@@ -408,10 +408,10 @@ def _replaced(found, leaves, parts):
   return {n: c.put(leaves[n], parts[n]) for n, c in found.items()}
 
 
-def named_choices(chosen, leaves):
-  """Choices by name, fitting."""
+def choices_by_name(chosen, params):
+  """The choices of `choose` by name, without those of nothing."""
   found, shapes = _read(chosen)
-  _check(found, shapes, leaves)
+  _check(found, shapes, paths.named(params)[0])
   return found
 
 
