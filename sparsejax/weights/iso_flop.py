@@ -24,6 +24,8 @@ Array = jax.Array
 PyTree = Any
 Activation = Callable[[Array], Array]
 
+_PARAMS = ("kernel", "bias")
+
 
 class IsoFlop(nnx.Module):
   """What the four transformations share: kernels, and how many weights stay.
@@ -49,17 +51,23 @@ class IsoFlop(nnx.Module):
       if isinstance(module, nnx.Linear)
     }
 
-  def sparsities(self) -> dict[str, float]:
+  def sparsities(self, path: str | None = None) -> dict[str, float]:
     """Share of weights to mask, by a pattern of each sparse kernel's path.
 
     To be given as `sparsity=` to any method that takes patterns: kernels that
-    stay dense are left out, and other parameters stay dense too. The patterns
-    also fit where the module lies deeper in a model, if nothing else there ends
-    in the same names.
+    stay dense are left out, and other parameters stay dense too. Several such
+    modules of one model each say where they are:
+    `model.up.sparsities("up") | model.down.sparsities("down")`.
+
+    Args:
+      path: where the module lies in the model whose parameters are trained.
+        None fits anywhere, and so also other parameters whose paths end in the
+        same names.
     """
     shapes = self._kernels()
+    begin = "(^|/)" if path is None else f"^{re.escape(path)}/"
     return {
-      f"(^|/){re.escape(name)}$": 1 - count / math.prod(shapes[name])
+      f"{begin}{re.escape(name)}$": 1 - count / math.prod(shapes[name])
       for name, count in self.kept
       if count < math.prod(shapes[name])
     }
@@ -72,11 +80,18 @@ class IsoFlop(nnx.Module):
         for what `sparsities()` leaves.
 
     Raises:
-      ValueError: a mask is not of a kernel's shape.
+      ValueError: a mask is of no parameter of the module, or not of a kernel's
+        shape.
     """
     if masks is None:
       return sum(count for _, count in self.kept)
     given, shapes = paths.named(masks)[0], self._kernels()
+    own = {f"{n.removesuffix('kernel')}{x}" for n in shapes for x in _PARAMS}
+    if other := [n for n in given if n not in own]:
+      raise ValueError(
+        f"masks must be of the module's own parameters {sorted(own)}, got "
+        f"others for {other}"
+      )
     total = 0
     for name, shape in shapes.items():
       mask = given.get(name, np.ones(shape, bool))

@@ -283,6 +283,22 @@ def test_masks_are_counted():
   masks["sparse"]["kernel"] = np.ones((N, K), bool)
   with pytest.raises(ValueError, match="'sparse/kernel'"):
     layer.nonzero(masks)
+  with pytest.raises(ValueError, match=r"others for .*'mlp/sparse/kernel'"):
+    layer.nonzero({"mlp": {"sparse": masks["sparse"]}})
+
+
+def test_modules_of_one_model_are_told_apart():
+  make = lambda sparsity: weights.SparseWide(
+    8, 16, 4, sparsity=sparsity, rngs=nnx.Rngs(0)
+  )
+  blocks = {"a": make(0.75), "b": make(0.5), "bb": make(0.0)}
+  params = {n: nnx.state(block, nnx.Param) for n, block in blocks.items()}
+  sparsity = {}
+  for name, block in blocks.items():
+    sparsity |= block.sparsities(name)
+  masks = weights.random_masks(jax.random.key(0), params, sparsity=sparsity)
+  for name, block in blocks.items():
+    assert block.nonzero(masks[name]) == 8 * 16 + 16 * 4
 
 
 @pytest.mark.parametrize(
