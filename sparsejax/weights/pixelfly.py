@@ -1,7 +1,6 @@
 """A linear layer of a flat block butterfly and a low-rank term."""
 
 import functools
-import operator
 
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -11,6 +10,7 @@ import numpy as np
 
 import pallas_kernels
 from sparsejax.select import patterns
+from sparsejax.weights import rules
 
 Array = jax.Array
 
@@ -25,6 +25,9 @@ class Pixelfly(nnx.Module):
   How it begins is a choice of this library: gamma at 1/2, and B, U and V such
   that outputs have the variance of `nnx.Linear`'s. (The authors' code has a
   gate for each row of x, or 1/2, in the place of gamma.)
+
+  Sparse as it is, a sparsifier of a whole model should leave it alone: by
+  default `where` takes `values`, `down` and `up` for weights like others.
 
   The paper's attention scores have the same blocks:
   `sparsejax.attention.patterns.butterfly`.
@@ -74,7 +77,9 @@ class Pixelfly(nnx.Module):
     param_dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if operator.index(rank) < 1:
+    for name, value in dict(block=block, rank=rank).items():
+      rules.check_step(name, value)
+    if rank < 1:
       raise ValueError(f"rank must be at least 1, got {rank}")
     self.in_features = in_features
     self.out_features = out_features

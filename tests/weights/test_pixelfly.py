@@ -204,6 +204,8 @@ def test_it_begins_with_the_variance_of_a_dense_layer():
     (dict(max_stride=3), "max_stride must be a power of two"),
     (dict(k=12, n=30), "shape must have blocks along one axis that divide"),
     (dict(rank=0), "rank must be at least 1, got 0"),
+    (dict(rank=2.5), "rank must be an integer, got 2.5"),
+    (dict(block=4.0), "block must be an integer, got 4.0"),
   ],
 )
 def test_bad_settings(settings, message):
