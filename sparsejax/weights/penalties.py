@@ -34,7 +34,8 @@ def hypersparse(
   weight ranked `floor(sparsity * n)` from below among all that `where` selects.
   The penalty is `C * sum(tanh(s * abs(w)))`. s and `C = sum(abs(w)) /
   sum(tanh(s * abs(w)))` are constants to differentiation, so that its gradient
-  is `sign(w) * C * s * sech(s * abs(w))**2`: steep below q, flat above.
+  is `sign(w) * C * s * sech(s * abs(w))**2`: at zero not below 1, which is that
+  of L1, at q two thirds of that at zero, and flat far above.
 
   The paper writes the penalty less `sum(abs(w))`, which is zero everywhere, and
   has the same gradient under its rules of what is constant; here the value is
