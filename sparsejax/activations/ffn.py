@@ -57,6 +57,8 @@ def sparse_matmul(a: Array, kernel: Array, *, capacity: int) -> Array:
       f"{kernel.shape}"
     )
   _check_capacity(capacity)
+  if not len(kernel):
+    return _dense_product(a, kernel)
   y = _product(capacity, a.reshape(-1, a.shape[-1]), kernel)
   return y.reshape(*a.shape[:-1], kernel.shape[1])
 
@@ -104,6 +106,8 @@ def sparse_glu(
       f"{down.shape}"
     )
   _check_capacity(capacity)
+  if not len(up):
+    return _dense_gated(a, x, up, down)
   flat = lambda array: array.reshape(-1, array.shape[-1])
   y = _gated(capacity, flat(a), flat(x), up, down)
   return y.reshape(*a.shape[:-1], down.shape[1])

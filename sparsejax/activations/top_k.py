@@ -78,5 +78,5 @@ def statistical_top_k(x: Array, k: float) -> Array:
   # The root has no slope at 0, and what is equal has no order.
   varies = variance > 0
   std = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
-  quantile = statistics.NormalDist().inv_cdf(1 - k / neurons)
+  quantile = -statistics.NormalDist().inv_cdf(k / neurons)
   return jax.nn.relu(values - mean - std * quantile).astype(x.dtype)

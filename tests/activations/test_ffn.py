@@ -124,6 +124,15 @@ def test_vmap():
   pieces.close(whole, common.float64(a) @ KERNEL)
 
 
+@pytest.mark.parametrize("neurons,tokens", [(0, 2), (NEURONS, 0)])
+def test_nothing(neurons, tokens):
+  a, x = np.zeros((tokens, neurons), np.float32), pieces.draw(2, tokens, WIDTH)
+  y = product(a, KERNEL[:neurons], 3)
+  assert y.shape == (tokens, OUT) and not y.any()
+  y = glu(a, x, UP[:neurons], KERNEL[:neurons], 3)
+  assert y.shape == (tokens, OUT) and not y.any()
+
+
 def test_bf16_is_accumulated_in_f32():
   a = jnp.asarray(sparse(NEURONS), jnp.bfloat16)
   kernel = jnp.asarray(KERNEL, jnp.bfloat16)

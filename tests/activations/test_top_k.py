@@ -50,6 +50,10 @@ def test_statistical_top_k_equals_a_loop(k):
   pieces.close(gradient, want)
 
 
+def test_hardly_any_are_kept():
+  assert not activations.statistical_top_k(jnp.asarray(X), 1e-20).any()
+
+
 @pytest.mark.parametrize("k", [64, 410, 2048])
 def test_about_k_are_kept_of_normal_activations(k):
   x = 3 * pieces.draw(2, 64, 4096) - 1
