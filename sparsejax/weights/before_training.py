@@ -136,6 +136,7 @@ def snip(
     distribution: how it is divided; the paper's is "global", so None.
     structure: what shape masks take, for all weights or by path pattern.
     where: which parameters are sparse, or a source network, as in `sparsify`.
+      What is scored is that network: the parameters, zero outside of it.
     axes: dimension numbers, for all or by path pattern.
 
   Returns:
@@ -156,9 +157,8 @@ def snip(
   """
   leaves, rebuild = paths.named(params)
   look = _look(leaves, sparsity, distribution, structure, where, axes)
-  return rebuild(
-    _chosen(look, paths.named(snip_scores(loss, params, batch))[0])
-  )
+  scores = snip_scores(loss, rebuild(_inside(look)), batch)
+  return rebuild(_chosen(look, paths.named(scores)[0]))
 
 
 def grasp_scores(
@@ -229,6 +229,7 @@ def grasp(
     distribution: how it is divided; the paper's is "global", so None.
     structure: what shape masks take, for all weights or by path pattern.
     where: which parameters are sparse, or a source network, as in `sparsify`.
+      What is scored is that network: the parameters, zero outside of it.
     axes: dimension numbers, for all or by path pattern.
 
   Returns:
@@ -247,7 +248,7 @@ def grasp(
   """
   leaves, rebuild = paths.named(params)
   look = _look(leaves, sparsity, distribution, structure, where, axes)
-  scores = grasp_scores(loss, params, batch, where=where)
+  scores = grasp_scores(loss, rebuild(_inside(look)), batch, where=where)
   return rebuild(_chosen(look, paths.named(scores)[0]))
 
 
@@ -318,6 +319,7 @@ def synflow(
     distribution: how it is divided; the paper's is "global", so None.
     structure: what shape masks take, for all weights or by path pattern.
     where: which parameters are sparse, or a source network, as in `sparsify`.
+      What is scored is that network: the parameters, zero outside of it.
     axes: dimension numbers, for all or by path pattern.
 
   Returns:
@@ -673,6 +675,14 @@ def _whole(look):
   """Masks of everything that may be active."""
   full = {n: jnp.ones_like(p, bool) for n, p in look.params.items()}
   return full | look.source
+
+
+def _inside(look):
+  """The parameters, zero outside of a source network."""
+  return look.params | {
+    n: jnp.where(m, look.params[n], jnp.zeros((), look.params[n].dtype))
+    for n, m in look.source.items()
+  }
 
 
 def _chosen(look, scores):

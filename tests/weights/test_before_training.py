@@ -228,6 +228,20 @@ class SnipTest(parameterized.TestCase):
     ties = np.concatenate([m["kernel"].ravel() for m in masks])
     np.testing.assert_array_equal(ties, flat >= last)
 
+  def test_a_source_network_is_what_is_scored(self):
+    """Not the dense one, whose other weights would be felt too."""
+    source = weights.random_masks(KEY, LAYERS, sparsity=0.5)
+    inside = jax.tree.map(lambda p, m: np.where(m, p, 0), LAYERS, source)
+    for method in (weights.snip, weights.grasp):
+      made = functools.partial(method, loss, sparsity=0.75, where=source)
+      made = problem.jit(made)
+      got, want = made(LAYERS, BATCH), made(inside, BATCH)
+      problem.assert_bits(problem.copied(got), problem.copied(want))
+      some = [layer["kernel"] for layer in got]
+      whole = [layer["kernel"] for layer in source]
+      assert sum(int(m.sum()) for m in some) == SIZE // 4
+      assert all(not (m & ~s).any() for m, s in zip(some, whole))
+
   def test_the_scale_of_the_loss_changes_nothing(self):
     want = problem.copied(weights.snip(loss, LAYERS, BATCH, sparsity=0.75))
     for scale in (2.0**-40, 2.0**40, 3.7):  # the last one rounds scores anew
