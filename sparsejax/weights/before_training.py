@@ -580,8 +580,9 @@ def _of_floats(loss, leaves, rebuild, batch, names=None):
 
   def value(floats):
     out = loss(rebuild(leaves | floats), batch)
-    if not jax.tree.all(jax.tree.map(lambda x: jnp.shape(x) == (), [out])):
-      raise ValueError(f"loss must return a scalar, got {out}")
+    alone = jax.tree.structure(out) == jax.tree.structure(0)
+    if not alone or jnp.shape(out) or not _floating(out):
+      raise ValueError(f"loss must return a floating scalar, got {out}")
     return out
 
   return value, floats

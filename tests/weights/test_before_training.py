@@ -282,8 +282,13 @@ class SnipTest(parameterized.TestCase):
     problem.assert_zeros(seen, masks)
 
   def test_a_loss_that_is_no_scalar(self):
-    with pytest.raises(ValueError, match="loss must return a scalar"):
-      weights.snip(lambda p, b: outputs(p, b[0]), LAYERS, BATCH, sparsity=0.5)
+    for other in (
+      lambda p, b: outputs(p, b[0]),
+      lambda p, b: (loss(p, b), {}),
+      lambda p, b: jnp.int32(loss(p, b)),
+    ):
+      with pytest.raises(ValueError, match="return a floating scalar"):
+        weights.snip(other, LAYERS, BATCH, sparsity=0.5)
 
   def test_a_gradient_that_is_not_finite(self):
     def broken(p, b):
