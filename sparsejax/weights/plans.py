@@ -218,7 +218,7 @@ def make_plan(
       except ValueError as error:
         raise ValueError(f"structure of {n}: {error}") from error
 
-  together = rule.distribution == "global"
+  together = rule.distribution == "global" and bool(names)
   given = _by_name("sparsity", rule.sparsity, names)
   free = [n for n in names if not isinstance(found[n][0], structures.NM)]
   _check_sparsity(rule, free, names, found, together)

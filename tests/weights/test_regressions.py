@@ -261,9 +261,17 @@ class RegressionTest(parameterized.TestCase):
       weights.summary(state, params, axes=0)
 
   def test_an_empty_model(self):
-    tx = weights.rigl(optax.adam(1e-3), sparsity=0.5, until=100, key=KEY)
-    updates, _ = tx.update({}, tx.init({}), {})
-    self.assertEqual(updates, {})
+    for budget in (None, "global"):
+      tx = weights.rigl(
+        optax.adam(1e-3),
+        sparsity=0.5,
+        distribution=budget,
+        until=100,
+        key=KEY,
+      )
+      updates, _ = tx.update({}, tx.init({}), {})
+      self.assertEqual(updates, {})
+    self.assertEqual(weights.choose_masks({}, sparsity=0.5), {})
 
   def test_a_state_made_outside_of_jit_can_be_donated(self):
     params = {"w": jnp.arange(1.0, 65).reshape(8, 8)}
