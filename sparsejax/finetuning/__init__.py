@@ -1,5 +1,6 @@
 """Which parameters change: fine-tuning that trains few of them."""
 
+from sparsejax.finetuning.bank import LoRABank
 from sparsejax.finetuning.deltas import compose
 from sparsejax.finetuning.deltas import Delta
 from sparsejax.finetuning.deltas import delta
