@@ -1,7 +1,6 @@
 """Layers of which a part is trained, whose backward pass is as small."""
 
 import dataclasses
-import math
 from typing import Any
 
 from flax import nnx
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.automatic import automatic
 from sparsejax.finetuning import layers
 from sparsejax.finetuning import trained
 
@@ -70,29 +70,41 @@ def _forward(x, kernel, part, choice):
 
 def _backward(kept, dy):
   x, kernel, part, choice = kept
+  small = part.astype(kernel.dtype)
   # Put together once more, rather than kept: parameters are there anyway.
-  dx = dy @ choice.put(kernel, part.astype(kernel.dtype)).T
-  leading = math.prod(x.shape[:-1])
-  rows = x.reshape(leading, x.shape[-1]), dy.reshape(leading, dy.shape[-1])
-  d_part = _product(choice, *rows).astype(part.dtype)
+  w = choice.put(kernel, small)
+  (dx,) = jax.linear_transpose(lambda x: x @ w, x)(dy)
+  d_part = _product(choice, x, dy, kernel, small).astype(part.dtype)
   none = jax.tree.map(lambda i: np.zeros(i.shape, jax.dtypes.float0), choice)
-  return dx.astype(x.dtype), jnp.zeros_like(kernel), d_part, none
+  return dx, jnp.zeros_like(kernel), d_part, none
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _product(choice, x, y):
-  """The chosen part of x.T @ y."""
+def _product(choice, x, dy, kernel, part):
+  """The chosen part of x.T @ dy, over all leading dimensions.
+
+  As a transpose of what is linear in the part, it is sharded as JAX shards
+  gradients.
+  """
   if isinstance(choice, trained.Slice):
-    columns = trained.Slice(1, choice.start, choice.stop).take
-    return columns(x).T @ y if choice.axis == 0 else x.T @ columns(y)
+    last = trained.Slice(x.ndim - 1, choice.start, choice.stop)
+    if choice.axis == 0:
+      x = last.take(x)
+    else:
+      dy = last.take(dy)
+    return jax.linear_transpose(lambda part: x @ part, part)(dy)[0]
   if isinstance(choice, trained.Blocks):
     r, c = choice.block
-    x = x.reshape(len(x), -1, r)[:, choice.index[:, 0]]
-    y = y.reshape(len(y), -1, c)[:, choice.index[:, 1]]
-    return jnp.einsum("tnr,tnc->nrc", x, y)
-  return choice.take(x.T @ y)
+
+    def blocks(x, dy, index):
+      x = x.reshape(*x.shape[:-1], -1, r)[..., index[:, 0], :]
+      dy = dy.reshape(*dy.shape[:-1], -1, c)[..., index[:, 1], :]
+      return jnp.einsum("...nr,...nc->nrc", x, dy)
+
+    return automatic(blocks, x, dy, choice.index)
+  return choice.take(jax.linear_transpose(lambda w: x @ w, kernel)(dy)[0])
 
 
 class TrainedPart(nnx.Param):

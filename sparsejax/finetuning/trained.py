@@ -135,24 +135,26 @@ class Slice:
   stop: int = dataclasses.field(metadata={"static": True})
 
   def take(self, x: Array) -> Array:
-    """The slice of x."""
-    return self._run(
-      lambda x: lax.slice_in_dim(x, self.start, self.stop, axis=self.axis), x
-    )
+    """The slice of x, sharded as x along the other axes."""
+    at = lambda x: lax.slice_in_dim(x, self.start, self.stop, axis=self.axis)
+    if not self._is_divided(x):
+      return at(x)
+    spec = list(jax.typeof(x).sharding.spec)
+    spec[self.axis] = None
+    return jax.sharding.reshard(automatic(at, x), jax.P(*spec))
 
   def put(self, x: Array, part: Array) -> Array:
     """x with the slice replaced."""
-    at = lambda x, part: lax.dynamic_update_slice_in_dim(
-      x, part, self.start, self.axis
-    )
-    return self._run(at, x, part, out=x)
 
-  def _run(self, f, x, *rest, out=None):
-    # What straddles shards has no sharding that a type could state.
-    whole = not sharding.is_explicit(x)
-    if not whole:
-      whole = jax.typeof(x).sharding.spec[self.axis] is None
-    return f(x, *rest) if whole else automatic(f, x, *rest, out=out)
+    def at(x, part):
+      return lax.dynamic_update_slice_in_dim(x, part, self.start, self.axis)
+
+    return automatic(at, x, part, out=x) if self._is_divided(x) else at(x, part)
+
+  def _is_divided(self, x):
+    """Whether x is cut along the axis: what straddles shards has no type."""
+    spec = jax.typeof(x).sharding.spec if sharding.is_explicit(x) else ()
+    return self.axis < len(spec) and spec[self.axis] is not None
 
   def check(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises where it is no choice of an array of this shape."""

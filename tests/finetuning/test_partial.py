@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from sparsejax import finetuning
+from tests import common
 from tests.oracles import finetuning as oracle
 
 RNG = np.random.default_rng(0)
@@ -87,6 +88,36 @@ def test_the_backward_pass_is_as_small_as_the_slice(axis):
   # Only the slice's product: the forward one is not needed for a sum.
   flops = step.cost_analysis()["flops"]
   assert flops < 2.2 * 64 * 40 * 80 * 2 / kernel.shape[axis]
+
+
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_sharded(axis_type):
+  mesh = common.mesh_of(axis_type)
+  x, kernel, dy = drawn(8, 16), drawn(16, 32), drawn(8, 32)
+  choices = {
+    "rows": finetuning.Slice(0, 2, 5),
+    "columns": finetuning.Slice(1, 3, 10),  # a sharded axis, cut anywhere
+    "blocks": finetuning.Blocks(np.array([[0, 1], [3, 4]]), (4, 4)),
+    "entries": finetuning.Entries(np.array([3, 100])),
+  }
+
+  def run(x, kernel, dy):
+    def loss(parts):
+      products = [
+        finetuning.partial_matmul(x, kernel, parts[n], c)
+        for n, c in choices.items()
+      ]
+      return sum((y * dy).sum() for y in products)
+
+    return jax.grad(loss)({n: c.take(kernel) for n, c in choices.items()})
+
+  want = {n: c.take(x.T @ dy) for n, c in choices.items()}
+  with jax.set_mesh(mesh):
+    x, dy = (common.place(a, mesh, jax.P("x")) for a in (x, dy))
+    got = jax.jit(run)(x, common.place(kernel, mesh, jax.P(None, "y")), dy)
+  for n, w in want.items():
+    # f32 sums of eight terms of size one, in another order.
+    np.testing.assert_allclose(got[n], w, rtol=1e-5, atol=1e-5)
 
 
 def model_of(rngs):
