@@ -1,5 +1,6 @@
 """The one mechanism: wraps an Optax optimizer so that weights are sparse."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -170,13 +171,12 @@ def sparsify(
       memory = {}
       if rule.memory:
         memory = paths.named(state.memory)[0]
-      return look(plan, params, raw, memory, state.key, step, source)
+      return look(plan, params, raw, memory, state.key, step, {})
 
     def active(packed):
       bits = paths.named(packed)[0]
       return {n: masks.unpack(bits[n], leaves[n]) for n in plan.leaves}
 
-    source = {} if state.source is None else active(state.source)
     new = state
     if not rule.dense:
       new = _revised(look_at(leaves, state.count), state, rebuild)
@@ -194,6 +194,9 @@ def sparsify(
     wider = None if state.backward is None else active(state.backward)
     seen = look_at(leaves, state.count).seen(live, wider, state.leak)
     trained = raw | {n: rule.gradient(seen[n]) for n in live}
+    source = {}  # where masks are not enforced, it must be
+    if rule.dense and state.source is not None:
+      source = active(state.source)
     for n, m in source.items():
       trained[n] = jnp.where(m, trained[n], jnp.zeros((), trained[n].dtype))
     updates, inner_state = inner.update(
@@ -283,13 +286,22 @@ def _revised(look, state, rebuild):
   copies what does.
   """
   rule, plan, step = look.rule, look.plan, look.step
-  old, old_backward, old_explored, old_memory = (
+  old, old_backward, old_explored, old_memory, source = (
     paths.named(tree)[0] if tree is not None else {}
-    for tree in (state.masks, state.backward, state.explored, state.memory)
+    for tree in (
+      state.masks,
+      state.backward,
+      state.explored,
+      state.memory,
+      state.source,
+    )
   )
 
+  def unpacked(bits):
+    return {n: masks.unpack(bits[n], look.params[n]) for n in plan.leaves}
+
   def active_now():
-    return {n: masks.unpack(old[n], look.params[n]) for n in plan.leaves}
+    return unpacked(old)
 
   def unchanged():
     return (
@@ -303,6 +315,9 @@ def _revised(look, state, rebuild):
 
   def revise():
     active, finite = active_now(), look.finite()
+    inside = look
+    if source:  # unpacked in here, where few steps come
+      inside = dataclasses.replace(look, source=unpacked(source))
 
     def settle(chosen, before):
       return {
@@ -311,17 +326,17 @@ def _revised(look, state, rebuild):
       }
 
     chosen = (
-      look.select(active, rule.drop)
+      inside.select(active, rule.drop)
       if rule.grow is None
-      else look.exchange(active)
+      else inside.exchange(active)
     )
     bits = old | settle(chosen, old)
     backward = old_backward
     if backward:
-      wider = look.select(active, rule.drop, backward=True)
+      wider = inside.select(active, rule.drop, backward=True)
       backward = old_backward | settle(wider, old_backward)
     explored = {n: b | bits[n] for n, b in old_explored.items()}
-    now = {n: masks.unpack(bits[n], look.params[n]) for n in plan.leaves}
+    now = unpacked(bits)
     memory = old_memory
     if rule.memory:
       memory = old_memory | {

@@ -225,6 +225,26 @@ class StateTest(parameterized.TestCase):
     )
     assert got.source == got.masks == specs
 
+  def test_a_step_unpacks_none(self):
+    """A bit a weight is what it costs: most steps do not even read it."""
+    params = {"w": jnp.ones((256, 512))}
+    temporary = {}
+    for where in ("w", {"w": np.tri(256, 512, dtype=bool)}):
+      tx = weights.rigl(
+        optax.adam(0.1),
+        sparsity=0.9,
+        every=100,
+        until=900,
+        key=KEY,
+        where=where,
+      )
+      state = jax.eval_shape(tx.init, params)
+      step = jax.jit(lambda s, p, tx=tx: tx.update(p, s, p))
+      memory = step.lower(state, params).compile().memory_analysis()
+      temporary[type(where)] = memory.temp_size_in_bytes
+    # As masks of bool it would be 131,072.
+    assert temporary[dict] - temporary[str] < 256 * 512 // 8
+
   def test_nnx(self):
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
