@@ -300,7 +300,9 @@ def train_only(
   (a vector of entries, blocks, a slice) and what is frozen is left out, as by
   `optax.masked`; so norms, clipping and weight decay are of what is trained.
   Where it needs whole matrices (adafactor's rows and columns, muon) choose
-  slices or whole arrays.
+  slices or whole arrays. A link after this one in `optax.chain` that moves
+  parameters by themselves, as weight decay does, moves the frozen ones too: it
+  belongs inside.
 
   Updates outside are -0.0, the one number that changes no bit of what it is
   added to, also not of a -0.0. (Hardware that has no subnormal numbers makes

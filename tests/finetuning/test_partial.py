@@ -75,6 +75,22 @@ def test_gradients_of_slices_are_the_oracles():
     np.testing.assert_allclose(g, f, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["rows", "blocks", "entries"])
+def test_vmap_and_second_derivatives(name):
+  choice, x, kernel = CHOICES[name], drawn(3, 5, 6), drawn(6, 8)
+  part = choice.take(kernel)
+
+  def penalty(product):
+    loss = lambda part, x: (product(x, part) ** 2).sum()
+    square = lambda part, x: (jax.grad(loss)(part, x) ** 2).sum()
+    return jax.jit(jax.vmap(jax.grad(square), (None, 0)))(part, x)
+
+  got = penalty(lambda x, p: finetuning.partial_matmul(x, kernel, p, choice))
+  want = penalty(lambda x, p: x @ choice.put(kernel, p))
+  # f32 sums of products of four numbers, up to some thousands.
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_backward_pass_is_as_small_as_the_slice(axis):
   x, kernel = drawn(64, 40), drawn(40, 80)

@@ -187,6 +187,19 @@ def test_any_optimizer_and_inside_a_chain(inner):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), got, parts)
 
 
+def test_several_models_at_once():
+  tx = finetuning.train_only(optax.adam(0.1), MIXED)
+  both = [drawn(), drawn()]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *both)
+  got, state = jax.vmap(lambda p: tx.update(p, tx.init(p), p))(stacked)
+  assert state.index["b"].shape == (2, 2, 2)
+  for i, params in enumerate(both):
+    want, _ = tx.update(params, tx.init(params), params)
+    for n, w in want.items():
+      # Adam's root and quotient differ by an ulp where they are fused.
+      np.testing.assert_allclose(got[n][i], w, atol=1e-6)
+
+
 def test_all_and_nothing():
   params, grads = drawn(), drawn()
   every = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
