@@ -11,6 +11,7 @@ from configs import recall_dense
 from configs import sae_minilm
 from configs import text_moe
 from configs import text_moe_dense
+from experiments import firing
 from experiments import initial_masks
 from experiments import mixing
 from experiments import regularized
@@ -26,6 +27,7 @@ LESS = (
   "nearest",
   "loss_change",
   "collapsed",
+  "density",
   "milliseconds",
   "milliseconds_of_many",
 )
@@ -223,6 +225,10 @@ class Procedure:
 
 
 RIGL = "Evci et al., Rigging the Lottery (2020)"
+LAZY = (
+  "Li et al., The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity "
+  "in Transformers (2022)"
+)
 
 
 def _method(name, **settings):
@@ -728,6 +734,62 @@ CLAIMS = {
     ),
     ratios=("milliseconds", "milliseconds_of_many"),
     about=timings.about,
+  ),
+  "lazy_neuron": Procedure(
+    says=(
+      "As a ReLU Transformer trains, the share of the hidden activations of "
+      "its MLPs that is not zero falls from one half, under random labels, "
+      "too, and ends lower where MLPs are wider."
+    ),
+    source=f"{LAZY}, abstract, T5 on text and ViT on images: 3.0% and 6.3%",
+    differs=(
+      "A Transformer of width 64 and 2 blocks on the bytes of Python's "
+      "standard library, 800 steps of 8 sequences of 64 bytes; Adam, 5e-3, "
+      "with a cosine. MLPs of 128 neurons are narrow, of 512 wide. Density is "
+      "the mean over both blocks on 64 sequences of validation text, at the "
+      "start, after a quarter and half of the steps, and at the end. Random is "
+      "a narrow one whose targets are random bytes, the same each time, for 32 "
+      "sequences that it learns by heart; its density is on those."
+    ),
+    measure=firing.emergence,
+    arms=firing.ARMS,
+    figures=("density", "loss"),
+    better=(
+      ("narrow_end", "narrow_start", "density"),
+      ("wide_end", "wide_start", "density"),
+      ("random_end", "random_start", "density"),
+      ("wide_end", "narrow_end", "density"),
+    ),
+    besides=(
+      ("wide_start", "narrow_start", "density"),
+      ("wide_end", "narrow_end", "loss"),
+    ),
+  ),
+  "lazy_top_k": Procedure(
+    says=(
+      "Trained on partly random labels, a network whose MLPs keep the k "
+      "largest hidden activations is better than the dense one."
+    ),
+    source=f"{LAZY}, abstract, a top-k ViT on ImageNet",
+    differs=(
+      "An MLP of one hidden layer of 256 on MNIST-1D, of which top-k keeps 16 "
+      "(6%) after the ReLU; 40% of the training labels are drawn anew, those "
+      "of clean arms are true. Deep arms have two hidden layers, and top-k in "
+      "both. 2,000 steps of Adam at a constant rate on 100 examples each, 50 "
+      "epochs. Accuracy and loss are of clean validation labels, by which "
+      "rates are tuned, too: a low rate is early stopping."
+    ),
+    measure=firing.noise,
+    arms=tuple(firing.MLPS),
+    figures=("accuracy", "loss", "training_loss"),
+    better=(("top_k", "dense", "accuracy"),),
+    besides=(
+      ("top_k", "dense", "loss"),
+      ("top_k_clean", "dense_clean", "accuracy"),
+      ("top_k_clean", "dense_clean", "loss"),
+      ("top_k_deep", "dense_deep", "accuracy"),
+    ),
+    grid={"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
   ),
   "sae_frontier": Frontier(
     says=(

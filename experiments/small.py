@@ -56,14 +56,18 @@ class Setting:
 
 
 @functools.cache  # one setting for all seeds: what it compiles is kept
-def setting(width: int, depth: int, examples: int = 5_000) -> Setting:
+def setting(
+  width: int, depth: int, examples: int = 5_000, top_k: int = 0
+) -> Setting:
   """An MLP of `depth` hidden layers on MNIST-1D."""
   made = mnist1d.make(batch_size=examples * 4 // 5, examples=examples)
   data, (validation,) = made.train(0)[0], made.validation
 
   def model(seed):
     rngs = nnx.Rngs(jax.random.key(seed))
-    return mlp.MLP(width=width, depth=depth, rngs=rngs, **made.model)
+    return mlp.MLP(
+      width=width, depth=depth, top_k=top_k, rngs=rngs, **made.model
+    )
 
   graph, _ = nnx.split(nnx.eval_shape(lambda: model(0)))
 

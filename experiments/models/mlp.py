@@ -5,11 +5,14 @@ import itertools
 from flax import nnx
 import jax
 
+from sparsejax import activations
+
 
 class MLP(nnx.Module):
   """`depth` hidden layers of `width` with ReLU, and a linear readout.
 
-  Called with features [..., inputs], it returns logits [..., classes].
+  Called with features [..., inputs], it returns logits [..., classes]. With
+  `top_k` above 0, so many of each hidden layer's activations are kept.
   """
 
   def __init__(
@@ -19,9 +22,11 @@ class MLP(nnx.Module):
     classes: int,
     width: int,
     depth: int,
+    top_k: int = 0,
     rngs: nnx.Rngs,
   ):
     he = nnx.initializers.he_normal()
+    self.top_k = top_k
     sizes = [inputs] + [width] * depth
     self.hidden = nnx.List(
       nnx.Linear(size_in, size_out, kernel_init=he, rngs=rngs)
@@ -32,6 +37,8 @@ class MLP(nnx.Module):
   def __call__(self, features: jax.Array) -> jax.Array:
     for layer in self.hidden:
       features = nnx.relu(layer(features))
+      if self.top_k:
+        features = activations.top_k(features, self.top_k)
     return self.readout(features)
 
   def other_flops(self, tokens: int) -> float:

@@ -10,6 +10,12 @@ import jax.numpy as jnp
 from experiments import attention_methods
 from experiments import settings
 
+ACTIVATIONS = {
+  "relu": nnx.relu,
+  # As good as a GELU, at a third of its time on CPU.
+  "squared_relu": lambda x: nnx.relu(x) ** 2,
+}
+
 
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   """Rotates pairs of features by angles that grow with the position.
@@ -95,6 +101,8 @@ class Block(nnx.Module):
     *,
     out_init,
     mixture: nnx.Module | None = None,
+    hidden: int,
+    activation: str,
     attend: Callable = attention_methods.dense,
     taps: int = 0,
     rngs: nnx.Rngs,
@@ -104,20 +112,20 @@ class Block(nnx.Module):
       width, heads, out_init=out_init, attend=attend, taps=taps, rngs=rngs
     )
     self.mlp_norm = nnx.RMSNorm(width, rngs=rngs)
-    self.mixture = mixture
+    self.mixture, self.activation = mixture, activation
     if mixture is not None:
       return
-    self.up = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
+    self.up = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
     self.down = nnx.Linear(
-      4 * width, width, use_bias=False, kernel_init=out_init, rngs=rngs
+      hidden, width, use_bias=False, kernel_init=out_init, rngs=rngs
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x + self.attention(self.attention_norm(x))
     if self.mixture is not None:
       return x + self.mixture(self.mlp_norm(x))
-    # The square of a ReLU: as good as a GELU, at a third of its time on CPU.
-    return x + self.down(nnx.relu(self.up(self.mlp_norm(x))) ** 2)
+    activation = ACTIVATIONS[self.activation]
+    return x + self.down(activation(self.up(self.mlp_norm(x))))
 
 
 class Transformer(nnx.Module):
@@ -133,6 +141,8 @@ class Transformer(nnx.Module):
     width: of the residual stream.
     depth: how many blocks.
     heads: of attention.
+    hidden: neurons of each MLP; 0 for 4 * width.
+    activation: of the MLPs, one of ACTIVATIONS.
     attention: one of `attention_methods.LAYERS` by "name", and its settings;
       default "dense".
     taps: of a convolution before each attention; 0 for none.
@@ -147,6 +157,8 @@ class Transformer(nnx.Module):
     width: int,
     depth: int,
     heads: int,
+    hidden: int = 0,
+    activation: str = "squared_relu",
     attention: Mapping[str, Any] | None = None,
     taps: int = 0,
     rngs: nnx.Rngs,
@@ -156,6 +168,13 @@ class Transformer(nnx.Module):
         "width must be a multiple of 2 * heads (rotary positions turn pairs "
         f"of features); got width={width}, heads={heads}."
       )
+    if activation not in ACTIVATIONS:
+      raise ValueError(
+        f"config.model.activation takes one of {', '.join(ACTIVATIONS)}; got "
+        f"{activation!r}."
+      )
+    if hidden < 0:
+      raise ValueError(f"config.model.hidden takes 0 or more; got {hidden}.")
     self.width, self.depth = width, depth
     # Each block adds two terms to the residual stream: the sum of all of
     # them starts with the variance of one.
@@ -171,6 +190,8 @@ class Transformer(nnx.Module):
         heads,
         out_init=out_init,
         mixture=mixture and mixture(),
+        hidden=hidden or 4 * width,
+        activation=activation,
         attend=settings.call(
           "model.attention",
           attention or {"name": "dense"},

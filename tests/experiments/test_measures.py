@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import claims
+from experiments import firing
 from experiments import initial_masks
 from experiments import mixing
 from experiments import procedures
@@ -25,6 +26,8 @@ SMALL = {
     {"width": 40, "depth": 3, "sparsity": 0.995, "steps": 2},
   ),
   "hypersparse": (regularized.measure, {"steps": 400, "fine_tuning": 10}),
+  "lazy_neuron": (firing.emergence, {"narrow": 8, "wide": 8, "steps": 4}),
+  "lazy_top_k": (firing.noise, {"kept": 2, "width": 16, "steps": 3}),
   "pixelfly": (
     timings.pixelfly,
     {"width": 64, "depth": 2, "steps": 3, "rounds": 1},
