@@ -27,7 +27,9 @@ def sparse_matmul(a: Array, kernel: Array, *, capacity: int) -> Array:
   """a @ kernel, of whose rows only those are read that a needs.
 
   Where more rows are needed than `capacity`, all are read: the result is right
-  at any density. Derivatives are those of the product, and dense.
+  at any density. Derivatives are those of the product, and dense. Under `vmap`
+  both are computed, and one is taken: right, and slower than the product; go
+  over layers with `lax.scan`, over tokens in one call.
 
   Args:
     a: floating [..., K], mostly zeros.
@@ -37,8 +39,8 @@ def sparse_matmul(a: Array, kernel: Array, *, capacity: int) -> Array:
 
   Returns:
     [..., N], of the dtype of a @ kernel, accumulated in f32. What a row holds
-    that is not needed does not matter, even if it is NaN; on Explicit axes the
-    result lies whole on every device.
+    that is not needed does not matter, even if it is NaN, unless all are read;
+    on Explicit axes the result lies whole on every device.
 
   Raises:
     ValueError: for shapes that do not fit, or a negative capacity.
@@ -51,11 +53,7 @@ def sparse_matmul(a: Array, kernel: Array, *, capacity: int) -> Array:
   Source: top-k-activation, Training-Free Activation Sparsity in Large Language
   Models, whose kernel skips what is masked; here rows of a list are read.
   """
-  if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1]:
-    raise ValueError(
-      f"a and kernel must be [..., K] and [K, N], got {a.shape} and "
-      f"{kernel.shape}"
-    )
+  _check_product(a, kernel)
   _check_capacity(capacity)
   if not len(kernel):
     return _dense_product(a, kernel)
@@ -93,18 +91,7 @@ def sparse_glu(
   Source: chess, CHESS: Optimizing LLM Inference via Channel-Wise Thresholding
   and Selective Sparsification; also CATS of top-k-activation.
   """
-  if (
-    up.ndim != 2
-    or down.ndim != 2
-    or a.shape != (*x.shape[:-1], len(up))
-    or x.shape[-1:] != up.shape[1:]
-    or len(up) != len(down)
-  ):
-    raise ValueError(
-      "a, x, up and down must be [..., neurons], [..., width], [neurons, "
-      f"width] and [neurons, N], got {a.shape}, {x.shape}, {up.shape} and "
-      f"{down.shape}"
-    )
+  _check_gated(a, x, up, down)
   _check_capacity(capacity)
   if not len(up):
     return _dense_gated(a, x, up, down)
@@ -155,7 +142,9 @@ def sparse_ffn(
   Phenomenon: On Emergence of Activation Sparsity in Transformers, section 4.
   """
   gated = _is_gated(params)
-  a = activation(x @ params["gate" if gated else "up"])
+  first = "gate" if gated else "up"
+  _check_product(x, params[first], f"x and {first}")
+  a = activation(x @ params[first])
   if gated:
     arrays = a, x, params["up"], params["down"]
     return _either(sparse_glu, _dense_gated, arrays, capacity)
@@ -210,6 +199,7 @@ def threshold_ffn(
     )
 
   def product(x, name):
+    _check_product(x, params[name], f"the input and {name}")
     arrays = keep_above(x, thresholds[name]), params[name]
     return _either(sparse_matmul, _dense_product, arrays, capacity)
 
@@ -281,8 +271,31 @@ def _check_capacity(capacity):
     raise ValueError(f"capacity must be an integer >= 0, got {capacity!r}")
 
 
+def _check_product(a, kernel, names="a and kernel"):
+  if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1]:
+    raise ValueError(
+      f"{names} must be [..., K] and [K, N], got {a.shape} and {kernel.shape}"
+    )
+
+
+def _check_gated(a, x, up, down):
+  if (
+    up.ndim != 2
+    or down.ndim != 2
+    or a.shape != (*x.shape[:-1], len(up))
+    or x.shape[-1:] != up.shape[1:]
+    or len(up) != len(down)
+  ):
+    raise ValueError(
+      "a, x, up and down must be [..., neurons], [..., width], [neurons, "
+      f"width] and [neurons, N], got {a.shape}, {x.shape}, {up.shape} and "
+      f"{down.shape}"
+    )
+
+
 def _either(sparse, dense, arrays, capacity):
   if capacity is None:
+    (_check_gated if len(arrays) == 4 else _check_product)(*arrays)
     return dense(*arrays)
   return sparse(*arrays, capacity=capacity)
 
@@ -309,16 +322,24 @@ def _gated(capacity, a, x, up, down):
 
 @_product.defjvp
 def _product_jvp(capacity, primals, tangents):
-  _, tangent = jax.jvp(_dense_product, primals, tangents)
+  tangent = _tangent(_dense_product, primals, tangents)
   return _product(capacity, *primals), tangent
 
 
 @_gated.defjvp
 def _gated_jvp(capacity, primals, tangents):
-  _, tangent = jax.jvp(_dense_gated, primals, tangents)
+  tangent = _tangent(_dense_gated, primals, tangents)
   return _gated(capacity, *primals), tangent
 
 
+def _tangent(dense, primals, tangents):
+  """Whole on every device, as the primal is."""
+  slope = lambda *args: jax.jvp(dense, *args)[1]
+  return automatic(slope, primals, tangents)
+
+
+# Outside of jit, a cond would be compiled in each call.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _choose(capacity, dense, gathered, *arrays):
   """`gathered` where no more rows than the capacity are needed."""
   capacity = min(capacity, arrays[0].shape[1])

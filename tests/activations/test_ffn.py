@@ -238,7 +238,35 @@ def test_eight_devices(axis_type):
     placed = common.place(a, mesh, jax.P("x", "y"))
     rows = common.place(kernel, mesh, jax.P("y", "x"))
     got = product(placed, rows, 5)
+    loss = lambda *args: activations.sparse_matmul(*args, capacity=5).sum()
+    slopes = pieces.jit(jax.grad(loss, argnums=(0, 1)))(placed, rows)
   pieces.close(got, oracle.matmul(a, kernel))
+  pieces.close(slopes[0], np.broadcast_to(kernel.sum(1), a.shape))
+  pieces.close(slopes[1], np.broadcast_to(a.sum(0)[:, None], kernel.shape))
+
+
+def test_outside_of_jit_it_is_compiled_once():
+  a, kernel = jnp.array([0.0, 2.0, 0.0]), pieces.draw(1, 3, 2)
+  activations.sparse_matmul(a, kernel, capacity=2)
+  before = ffn._choose._cache_size()
+  assert before
+  activations.sparse_matmul(2 * a, kernel, capacity=2)
+  assert ffn._choose._cache_size() == before
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_shapes_that_do_not_fit(capacity):
+  run = functools.partial(
+    activations.sparse_ffn, activation=jax.nn.relu, capacity=capacity
+  )
+  plain = {"up": DENSE["up"], "down": KERNEL[1:]}
+  with pytest.raises(ValueError, match="a and kernel must be"):
+    run(X, plain)
+  with pytest.raises(ValueError, match=r"x and gate must be \[..., K\]"):
+    run(X[:, 1:], ROWS)
+  # A Flax kernel that was not transposed.
+  with pytest.raises(ValueError, match="a, x, up and down must be"):
+    run(X, DENSE)
 
 
 def test_bad_input():
