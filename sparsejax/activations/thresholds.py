@@ -164,7 +164,8 @@ def chess_thresholds(limit: float | Array, magnitude: Array) -> Array:
 
   Returns:
     f32 [neurons], for `keep_above` of the activated gate. Infinite for a neuron
-    whose up-projection is always 0, unless the limit is 0.
+    whose up-projection is always 0, unless the limit is 0; NaN, at which
+    everything is kept, where a magnitude is.
 
   Raises:
     ValueError: magnitude is not [neurons].
@@ -179,8 +180,8 @@ def chess_thresholds(limit: float | Array, magnitude: Array) -> Array:
   if magnitude.ndim != 1:
     raise ValueError(f"magnitude must be [neurons], got {magnitude.shape}")
   magnitude = magnitude.astype(jnp.float32)
-  seen = magnitude > 0
-  found = jnp.where(seen, limit / jnp.where(seen, magnitude, 1), jnp.inf)
+  silent = magnitude == 0
+  found = jnp.where(silent, jnp.inf, limit / jnp.where(silent, 1, magnitude))
   return jnp.where(jnp.asarray(limit) > 0, found, 0)
 
 
@@ -228,6 +229,10 @@ def calibrate(
   )
   static, found = (call, rebuild, where, valid), None
   for batch in batches:
+    if found is None:
+      # That the first batch goes through the program of the others.
+      names = _seen.eval_shape(static, arrays, None, batch)
+      found = {name: Magnitudes.zeros() for name in names}
     found = _seen(static, arrays, found, batch)
   if found is None:
     raise ValueError("batches must hold at least one batch, got none")

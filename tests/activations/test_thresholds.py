@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax import activations
+from sparsejax.activations import thresholds as module
 from tests import common
 from tests.activations import pieces
 from tests.oracles import activations as oracle
@@ -112,6 +113,22 @@ def test_chess_thresholds_equal_a_loop():
   np.testing.assert_allclose(got / limit, want / exact, 1e-5)
   np.testing.assert_allclose(limit, exact, 0.1)
   assert not found(gate, up, 0.0)[1].any()
+
+
+def test_a_magnitude_that_is_nan_keeps_its_neuron():
+  magnitude = jnp.array([jnp.nan, 1.0, 0.0])
+  thresholds = activations.chess_thresholds(2.0, magnitude)
+  kept = activations.keep_above(jnp.array([1.0, 1.0, 1.0]), thresholds)
+  assert kept.tolist() == [1, 0, 0]
+
+
+def test_calibration_compiles_once():
+  run = lambda model, x: model(x)
+  model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  before = module._seen._cache_size()
+  for _ in range(2):
+    activations.calibrate(run, model, [jnp.ones((4, 2))] * 3, 0.5)
+  assert module._seen._cache_size() == before + 1
 
 
 def test_chess_loses_less_where_neurons_differ():
