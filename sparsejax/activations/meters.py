@@ -1,6 +1,7 @@
 """How many neurons fire, of one array and over batches."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def density(
   Activation Sparsity in Transformers, section 2.
   """
   _check(x, threshold)
-  fires = jnp.abs(x) > threshold
+  fires = jnp.abs(x.astype(jnp.float32)) > threshold
   if x.size == 0:
     raise ValueError(f"x must not be empty, got shape {x.shape}")
   return fires.mean(axis, dtype=jnp.float32)
@@ -88,7 +89,7 @@ class Activity:
 
     def count(x, valid):
       axes = tuple(range(x.ndim - 1))
-      tokens = jnp.uint32(x.size // x.shape[-1])
+      tokens = jnp.uint32(math.prod(x.shape[:-1]))
       size = jnp.abs(x.astype(jnp.float32))
       if valid is not None:
         tokens = valid.sum(dtype=jnp.uint32)

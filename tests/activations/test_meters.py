@@ -76,6 +76,22 @@ def test_eight_devices(axis_type):
   pieces.close(whole, oracle.density(x))
 
 
+def test_thresholds_are_compared_in_f32():
+  # The bf16 number that 0.1 is rounded to exceeds 0.1.
+  x = jnp.array([[0.1, 0.05]], jnp.bfloat16)
+  activity = activations.Activity.zeros(2).add(x, threshold=0.1)
+  assert activity.density.tolist() == [1, 0]
+  np.testing.assert_array_equal(
+    activations.density(x, 0, threshold=0.1), activity.density
+  )
+
+
+def test_no_neurons():
+  activity = activations.Activity.zeros(0).add(jnp.zeros((3, 0)))
+  assert activity.tokens == 3
+  assert not activity.density.size
+
+
 def test_bad_input():
   activity = activations.Activity.zeros(3)
   with pytest.raises(ValueError, match="x must be floating, got int32"):
