@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.activations.thresholds import Magnitudes
+from sparsejax.automatic import automatic
 
 Array = jax.Array
 
@@ -105,7 +107,8 @@ def r_sparse_fit(
   _, rank, zeros = r_sparse_budget(*kernel.shape, sparsity, share)
   rank = min(rank, *kernel.shape)
   weight = kernel.astype(jnp.float32)
-  u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, s, vt = automatic(svd, weight)
   scale = jnp.ones(len(weight))
   if rank:
     scale = jnp.sqrt((weight**2).sum(1))

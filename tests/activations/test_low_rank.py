@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparsejax import activations
+from tests import common
 from tests.activations import pieces
 from tests.oracles import activations as oracle
 
@@ -76,6 +77,21 @@ def test_budget_equals_the_authors(sparsity, share):
     spent = rows * shape[1] + rank * sum(shape)
     # int of a product that rounding made a little too large.
     assert spent <= shape[0] * shape[1] * (1 - sparsity) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_eight_devices(axis_type):
+  mesh = common.mesh_of(axis_type)
+  kernel, x = pieces.draw(21, 8, 6), pieces.draw(22, 4, 8)
+  fit = lambda kernel, x: activations.r_sparse_fit(kernel, x, sparsity=0.4)
+  with jax.set_mesh(mesh):
+    rows = common.place(kernel, mesh, jax.P("x", "y"))
+    placed = common.place(x, mesh, jax.P(None, "x"))
+    got = jax.jit(fit)(rows, placed)
+  want = fit(kernel, x)
+  pieces.close(got.threshold, want.threshold)
+  # Either sign of a pair of singular vectors will do.
+  pieces.close(got.left @ got.right, want.left @ want.right)
 
 
 def test_bad_input():
