@@ -11,12 +11,12 @@ from configs import recall_dense
 from configs import sae_minilm
 from configs import text_moe
 from configs import text_moe_dense
-from experiments import firing
-from experiments import initial_masks
-from experiments import mixing
-from experiments import regularized
 from experiments import tickets
-from experiments import timings
+from experiments.procedures import before_training
+from experiments.procedures import firing
+from experiments.procedures import penalties
+from experiments.procedures import soups
+from experiments.procedures import timings
 
 # Metrics of which less is better; of all others more is.
 LESS = (
@@ -611,7 +611,7 @@ CLAIMS = {
       "steps of a single run; longer is a single run whose cycles are three "
       "times as long."
     ),
-    measure=mixing.measure,
+    measure=soups.measure,
     arms=("soup", "single", "longer"),
     figures=("loss", "accuracy"),
     better=(("soup", "single", "loss"), ("soup", "single", "accuracy")),
@@ -636,12 +636,12 @@ CLAIMS = {
       "masks, which is of each layer. Collapsed are layers without a weight, "
       "connected is the share of weights on a path from input to output."
     ),
-    measure=initial_masks.measure,
-    arms=initial_masks.ARMS,
+    measure=before_training.measure,
+    arms=before_training.ARMS,
     figures=("accuracy", "collapsed", "connected", "density"),
     better=(
-      *(("synflow", x, "accuracy") for x in initial_masks.ARMS[1:]),
-      *(("synflow", x, "collapsed") for x in initial_masks.ARMS[1:4]),
+      *(("synflow", x, "accuracy") for x in before_training.ARMS[1:]),
+      *(("synflow", x, "collapsed") for x in before_training.ARMS[1:4]),
     ),
     besides=(("synflow", "random", "collapsed"),),
     grid={"learning_rate": (3e-3, 1e-2)},
@@ -665,8 +665,8 @@ CLAIMS = {
       "change is the validation loss after pruning less that before; pruned "
       "accuracy is before fine-tuning."
     ),
-    measure=regularized.measure,
-    arms=regularized.ARMS,
+    measure=penalties.measure,
+    arms=penalties.ARMS,
     figures=("loss_change", "accuracy", "pruned_accuracy", "dense_accuracy"),
     better=(
       ("hypersparse", "l1", "loss_change"),

@@ -30,8 +30,8 @@ import numpy as np
 import tqdm
 
 from experiments import files
-from experiments import procedures
 from experiments import prune
+from experiments.procedures import under_masks
 from sparsejax import paths
 from sparsejax import select
 from sparsejax import weights
@@ -82,7 +82,7 @@ def masks_of(
   params, kind: str, sparsity: float, seed: int = 0
 ) -> dict[str, Any]:
   """Masks of a kind at a sparsity, which n:8 takes in eighths."""
-  dense = procedures.dense_masks(params)
+  dense = under_masks.dense_masks(params)
   if kind == KINDS[1]:
     structure = select.NM(round((1 - sparsity) * GROUP), GROUP)
     leaves, rebuild = paths.named(params)
@@ -91,9 +91,11 @@ def masks_of(
       if where(name, leaf):
         found[name] = weights.magnitude_pruning(leaf, None, structure).mask
     return rebuild(found)
-  masks = procedures.prune(params, dense, sparsity, scope="global", where=where)
+  masks = under_masks.prune(
+    params, dense, sparsity, scope="global", where=where
+  )
   if kind == "random":
-    return procedures.shuffled(jax.random.key(seed), masks, where)
+    return under_masks.shuffled(jax.random.key(seed), masks, where)
   return masks
 
 
@@ -115,12 +117,15 @@ def run(measured: prune.Measured, wanted: Sequence[tuple]) -> dict[str, Any]:
     for kind, sparsity, seed in bar:
       bar.set_description(f"{kind} {sparsity:.1%}")
       masks = masks_of(params, kind, sparsity, seed)
-      model, state = nnx.clone(measured.model), procedures.masked(params, masks)
+      model, state = (
+        nnx.clone(measured.model),
+        under_masks.masked(params, masks),
+      )
       pure = nnx.state(model, nnx.Param)
       nnx.replace_by_pure_dict(pure, state)
       nnx.update(model, pure)
       about = {"kind": kind, "sparsity": sparsity, "seed": seed}
-      about["density"] = procedures.density(masks, where)
+      about["density"] = under_masks.density(masks, where)
       rows.append(about | measured.figures(model))
   # Nothing is calibrated: of the split there is what evaluates.
   about = {n: x for n, x in measured.about.items() if n != "calibration"}

@@ -20,8 +20,8 @@ import tqdm
 
 from experiments import files
 from experiments import intervals
-from experiments import procedures
-from experiments import small
+from experiments.procedures import mnist1d_mlp
+from experiments.procedures import under_masks
 
 WIDTH, DEPTH = 100, 2
 STEPS, EARLY = 1_000, 100
@@ -44,16 +44,16 @@ def rounds(
   Args:
     seed: of the initialization, the order of the data and the controls.
     learning_rate: of Adam.
-    fraction: as `procedures.imp` takes it.
+    fraction: as `under_masks.imp` takes it.
     number: of rounds.
-    rewind: as `procedures.imp` takes it.
+    rewind: as `under_masks.imp` takes it.
     steps: of a training, those up to `rewind` among them.
     early: the step of "early_accuracy", counted from the reset.
     last: whether the last round alone is measured.
   """
-  setting = small.setting(WIDTH, DEPTH)
+  setting = mnist1d_mlp.setting(WIDTH, DEPTH)
   order = setting.order(seed, steps)
-  compiled = small.trainer(WIDTH, DEPTH)
+  compiled = mnist1d_mlp.trainer(WIDTH, DEPTH)
 
   def train(params, masks, begin, end):
     rows = order[begin:end]
@@ -72,10 +72,10 @@ def rounds(
   def begun(seed):
     """Another network at the step that resets go back to."""
     params = setting.init(seed)
-    dense = procedures.dense_masks(params)
+    dense = under_masks.dense_masks(params)
     return train(params, dense, 0, rewind) if rewind else params
 
-  found = procedures.imp(
+  found = under_masks.imp(
     train,
     setting.init(seed),
     fraction=fraction,
@@ -88,7 +88,7 @@ def rounds(
     if last and index < number:
       continue
     key = jax.random.fold_in(jax.random.key(seed), index)
-    masks = procedures.shuffled(key, step.masks)
+    masks = under_masks.shuffled(key, step.masks)
     yield (
       step.density,
       {
@@ -148,6 +148,10 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   given = flags.FLAGS
+  if given.rewind >= given.steps:
+    raise app.UsageError(
+      f"--rewind takes less than --steps={given.steps}, got {given.rewind}"
+    )
   workdir = pathlib.Path(given.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   rows = []

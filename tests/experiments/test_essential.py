@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import essential
-from experiments import procedures
 from experiments import prune
 from experiments.models import bert
+from experiments.procedures import under_masks
 
 CONFIG = bert.Config(
   vocab_size=8,
@@ -182,4 +182,4 @@ def test_sparsities_rise():
 
 def test_density_is_of_what_is_pruned():
   masks = essential.masks_of(params(), "n:8", 0.25)
-  assert procedures.density(masks, essential.where) == 0.75
+  assert under_masks.density(masks, essential.where) == 0.75

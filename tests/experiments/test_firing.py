@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import firing
 from experiments.models import mlp
 from experiments.models import transformer
+from experiments.procedures import firing
 
 TEXT = {"narrow": 6, "wide": 10, "steps": 4}
 

@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 
 from experiments import claims
-from experiments import firing
-from experiments import initial_masks
-from experiments import mixing
-from experiments import procedures
-from experiments import regularized
-from experiments import small
 from experiments import tickets
-from experiments import timings
+from experiments.procedures import before_training
+from experiments.procedures import firing
+from experiments.procedures import mnist1d_mlp
+from experiments.procedures import penalties
+from experiments.procedures import soups
+from experiments.procedures import timings
+from experiments.procedures import under_masks
 
 SMALL = {
   "lottery_ticket": (tickets.measure, {"steps": 12, "early": 4, "number": 2}),
-  "sparse_soups": (mixing.measure, {"dense": 20, "retrain": 10}),
+  "sparse_soups": (soups.measure, {"dense": 20, "retrain": 10}),
   "synflow_999": (
-    initial_masks.measure,
+    before_training.measure,
     {"width": 40, "depth": 3, "sparsity": 0.995, "steps": 2},
   ),
-  "hypersparse": (regularized.measure, {"steps": 400, "fine_tuning": 10}),
+  "hypersparse": (penalties.measure, {"steps": 400, "fine_tuning": 10}),
   "lazy_neuron": (firing.emergence, {"narrow": 8, "wide": 8, "steps": 4}),
   "lazy_top_k": (firing.noise, {"kept": 2, "width": 16, "steps": 3}),
   "pixelfly": (
@@ -43,7 +43,7 @@ SMALL = {
 def tiny():
   """Networks of the claims, smaller."""
   with pytest.MonkeyPatch.context() as patch:
-    for module in (tickets, mixing, regularized):
+    for module in (tickets, soups, penalties):
       patch.setattr(module, "WIDTH", 16)
     yield
 
@@ -72,9 +72,9 @@ def test_a_measure_gives_the_figures_of_all_arms(name):
 
 
 def test_orders_go_through_epochs():
-  setting = small.setting(16, 2)
+  setting = mnist1d_mlp.setting(16, 2)
   order = setting.order(0, 83)
-  assert order.shape == (83, small.BATCH) and order.dtype == np.int32
+  assert order.shape == (83, mnist1d_mlp.BATCH) and order.dtype == np.int32
   for epoch in (order[:40], order[40:80]):
     assert sorted(epoch.ravel()) == list(range(4_000))
   assert (order[:40] != order[40:80]).any()
@@ -102,16 +102,18 @@ def masks(*layers):
 
 def test_collapse_and_connection_of_masks():
   ones = np.ones((2, 2))
-  assert initial_masks.connected(masks(ones, ones)) == 1
-  assert initial_masks.collapsed(masks(ones, np.zeros((2, 3)))) == 1
-  assert initial_masks.connected(masks(ones, np.zeros((2, 3)))) == 0
+  assert before_training.connected(masks(ones, ones)) == 1
+  assert before_training.collapsed(masks(ones, np.zeros((2, 3)))) == 1
+  assert before_training.connected(masks(ones, np.zeros((2, 3)))) == 0
   # Of four weights two are a path; one begins nowhere, one ends nowhere.
   found = masks([[1, 1], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 0]])
-  assert initial_masks.connected(found) == 3 / 4
+  assert before_training.connected(found) == 3 / 4
   found = masks([[1, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 1]])
-  assert initial_masks.connected(found) == 3 / 4
-  assert initial_masks.collapsed(found) == 0
-  assert initial_masks.connected(masks(np.zeros((2, 2)), np.zeros((2, 2)))) == 0
+  assert before_training.connected(found) == 3 / 4
+  assert before_training.collapsed(found) == 0
+  assert (
+    before_training.connected(masks(np.zeros((2, 2)), np.zeros((2, 2)))) == 0
+  )
 
 
 def test_synflow_keeps_what_others_collapse():
@@ -127,7 +129,7 @@ def test_synflow_keeps_what_others_collapse():
 
 def test_l1_is_a_constant_slope_of_weights_alone():
   params = {"kernel": jnp.array([[2.0, -0.5], [0.0, 1.0]]), "bias": jnp.ones(2)}
-  tx = regularized.add_l1(lambda count: 0.1 * (count + 1))
+  tx = penalties.add_l1(lambda count: 0.1 * (count + 1))
   zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
   for step in (1, 2):
     updates, state = tx.update(zeros, state, params)
@@ -200,4 +202,4 @@ def test_the_launcher_of_tickets_writes_rows_and_a_picture(
 
 def test_density_counts_what_may_be_masked():
   tree = {"kernel": jnp.eye(4, dtype=bool), "bias": jnp.ones(4, bool)}
-  assert procedures.density(tree) == 1 / 4
+  assert under_masks.density(tree) == 1 / 4

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import procedures
+from experiments.procedures import under_masks
 from tests.oracles import methods_rest as oracle
 
 SHAPES = {"a": {"kernel": (5, 7), "bias": (7,)}, "b": {"kernel": (7, 3)}}
@@ -42,7 +42,7 @@ def optimizer(learning_rate, weight_decay=0.0):
   )
 
 
-compiled = procedures.trainer(loss, optimizer)
+compiled = under_masks.trainer(loss, optimizer)
 
 
 def order(seed=0, steps=STEPS):
@@ -82,7 +82,7 @@ def test_training_under_masks_is_sgd_on_masked_gradients():
   got, losses = compiled(
     params(), masks, data(), rows, learning_rate=0.1, weight_decay=0.01
   )
-  w = procedures.masked(params(), masks)
+  w = under_masks.masked(params(), masks)
   momentum = jax.tree.map(np.zeros_like, w)
   grad = jax.jit(jax.value_and_grad(loss))
   for i, row in enumerate(rows):
@@ -92,7 +92,7 @@ def test_training_under_masks_is_sgd_on_masked_gradients():
     momentum = jax.tree.map(
       lambda v, g, p: 0.9 * v + g + 0.01 * p, momentum, g, w
     )
-    w = procedures.masked(
+    w = under_masks.masked(
       jax.tree.map(lambda p, v: p - 0.1 * v, w, momentum), masks
     )
   np.testing.assert_allclose(flat(got), flat(w), rtol=1e-4, atol=1e-6)
@@ -101,7 +101,7 @@ def test_training_under_masks_is_sgd_on_masked_gradients():
 
 
 def test_masks_settings_and_seeds_compile_once():
-  run = procedures.trainer(loss, optimizer)
+  run = under_masks.trainer(loss, optimizer)
   for seed, rate in ((1, 0.1), (2, 0.2), (3, 0.05)):
     run(
       params(seed), random_masks(seed), data(), order(seed), learning_rate=rate
@@ -111,13 +111,13 @@ def test_masks_settings_and_seeds_compile_once():
 
 @pytest.mark.parametrize("fraction", [0.5, 0.9, 1.0, 0.0])
 def test_pruning_takes_the_smallest_that_are_left(fraction):
-  masks = procedures.prune(params(), procedures.dense_masks(params()), 0.4)
-  got = procedures.prune(params(), masks, fraction)
+  masks = under_masks.prune(params(), under_masks.dense_masks(params()), 0.4)
+  got = under_masks.prune(params(), masks, fraction)
   for name in ("a", "b"):
     w, m = params()[name]["kernel"], masks[name]["kernel"]
     wanted = oracle.imp_prune(np.asarray(w), np.asarray(m), fraction)
     np.testing.assert_array_equal(got[name]["kernel"], wanted)
-  both = procedures.prune(params(), masks, fraction, scope="global")
+  both = under_masks.prune(params(), masks, fraction, scope="global")
   # All together are one layer, the kernels one behind the other.
   of = lambda t: np.concatenate([np.ravel(t[n]["kernel"]) for n in ("a", "b")])
   wanted = oracle.imp_prune(of(params()), of(masks), fraction)
@@ -127,16 +127,16 @@ def test_pruning_takes_the_smallest_that_are_left(fraction):
 
 def test_equal_magnitudes_keep_the_first():
   tree = {"w": jnp.array([[1.0, -2.0, 2.0], [2.0, 1.0, -1.0]])}
-  masks = procedures.prune(tree, procedures.dense_masks(tree), 2 / 3)
+  masks = under_masks.prune(tree, under_masks.dense_masks(tree), 2 / 3)
   assert masks["w"].tolist() == [[False, True, True], [False] * 3]
 
 
-@pytest.mark.parametrize("scope", procedures.SCOPES)
+@pytest.mark.parametrize("scope", under_masks.SCOPES)
 @pytest.mark.parametrize("rewind", [0, 2])
 def test_rounds_have_their_density_and_go_back_exactly(scope, rewind):
   fraction, number = 0.3, 4
   rounds = list(
-    procedures.imp(
+    under_masks.imp(
       train,
       params(),
       fraction=fraction,
@@ -145,7 +145,7 @@ def test_rounds_have_their_density_and_go_back_exactly(scope, rewind):
       rewind=rewind,
     )
   )
-  dense = procedures.dense_masks(params())
+  dense = under_masks.dense_masks(params())
   start = train(params(), dense, 0, rewind) if rewind else params()
   equal(rounds[0].masks, dense)
   equal(rounds[0].ticket, start)
@@ -172,8 +172,8 @@ def test_rounds_have_their_density_and_go_back_exactly(scope, rewind):
 
 
 def test_shuffled_masks_keep_as_many_in_each_layer():
-  masks = procedures.prune(params(), procedures.dense_masks(params()), 0.7)
-  found = [procedures.shuffled(jax.random.key(s), masks) for s in range(2)]
+  masks = under_masks.prune(params(), under_masks.dense_masks(params()), 0.7)
+  found = [under_masks.shuffled(jax.random.key(s), masks) for s in range(2)]
   for other in found:
     equal(
       jax.tree.map(lambda m: m.sum(), other),
@@ -181,8 +181,8 @@ def test_shuffled_masks_keep_as_many_in_each_layer():
     )
     assert (flat(other) != flat(masks)).any()
   assert (flat(found[0]) != flat(found[1])).any()
-  equal(found[0], procedures.shuffled(jax.random.key(0), masks))
-  assert procedures.density(masks) == pytest.approx(
+  equal(found[0], under_masks.shuffled(jax.random.key(0), masks))
+  assert under_masks.density(masks) == pytest.approx(
     (10 + 6) / 56
   )  # 24.5 of 35, 14.7 of 21 go
 
@@ -196,13 +196,13 @@ def test_a_soup_has_the_zeros_of_its_mask_and_the_mean_of_its_members():
     )[0]
 
   phases = list(
-    procedures.soups(member, params(), fractions=(0.5, 0.6), copies=3)
+    under_masks.soups(member, params(), fractions=(0.5, 0.6), copies=3)
   )
-  before, masks = params(), procedures.dense_masks(params())
+  before, masks = params(), under_masks.dense_masks(params())
   for number, (phase, fraction) in enumerate(zip(phases, (0.5, 0.6))):
-    masks = procedures.prune(before, masks, fraction, scope="global")
+    masks = under_masks.prune(before, masks, fraction, scope="global")
     equal(phase.masks, masks)
-    start = procedures.masked(before, masks)
+    start = under_masks.masked(before, masks)
     for copy, found in enumerate(phase.members):
       equal(found, member(start, masks, number, copy))
     mean = oracle.soup([flat(m) for m in phase.members])
@@ -215,27 +215,27 @@ def test_a_soup_has_the_zeros_of_its_mask_and_the_mean_of_its_members():
 
 def test_a_soup_of_one_is_its_member():
   member = lambda params, masks, phase, copy: train(params, masks)
-  (phase,) = procedures.soups(member, params(), fractions=(0.6,), copies=1)
+  (phase,) = under_masks.soups(member, params(), fractions=(0.6,), copies=1)
   equal(phase.params, phase.members[0])
 
 
 def test_averages_keep_the_dtype():
   tree = {"w": jnp.array([1, 2], jnp.bfloat16)}
-  found = procedures.average([tree, {"w": jnp.array([2, 4], jnp.bfloat16)}])
+  found = under_masks.average([tree, {"w": jnp.array([2, 4], jnp.bfloat16)}])
   assert found["w"].dtype == jnp.bfloat16 and found["w"].tolist() == [1.5, 3]
 
 
 def test_what_makes_no_sense_is_refused():
-  dense = procedures.dense_masks(params())
+  dense = under_masks.dense_masks(params())
   with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got 2"):
-    procedures.prune(params(), dense, 2)
+    under_masks.prune(params(), dense, 2)
   with pytest.raises(ValueError, match=r"scope must be one of .*'row'"):
-    procedures.prune(params(), dense, 0.5, scope="row")
+    under_masks.prune(params(), dense, 0.5, scope="row")
   for given, name in (
     ({"fraction": 1.0}, "fraction must be between 0 and 1, got 1.0"),
     ({"fraction": 0.2, "rewind": -1}, "rewind must be 0 or more, got -1"),
   ):
     with pytest.raises(ValueError, match=name):
-      next(procedures.imp(train, params(), rounds=1, **given))
+      next(under_masks.imp(train, params(), rounds=1, **given))
   with pytest.raises(ValueError, match="copies must be 1 or more, got 0"):
-    next(procedures.soups(train, params(), fractions=(0.5,), copies=0))
+    next(under_masks.soups(train, params(), fractions=(0.5,), copies=0))

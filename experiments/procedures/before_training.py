@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from experiments import procedures
-from experiments import small
+from experiments.procedures import mnist1d_mlp
+from experiments.procedures import under_masks
 from sparsejax import weights
 
 WIDTH, DEPTH = 400, 4
@@ -18,7 +18,7 @@ ARMS = ("synflow", "snip", "grasp", "magnitude", "random")
 @functools.cache
 def _chosen(width: int, depth: int, sparsity: float):
   """(params, batch, key) -> masks by each method, compiled together."""
-  setting = small.setting(width, depth)
+  setting = mnist1d_mlp.setting(width, depth)
   ones = jnp.ones((1, setting.data["features"].shape[-1]))
   absolute = lambda params: jax.tree.map(jnp.abs, params)
 
@@ -84,18 +84,18 @@ def measure(
     sparsity: of all layers together, and of each layer of random masks.
     steps: of the training.
   """
-  setting = small.setting(width, depth)
+  setting = mnist1d_mlp.setting(width, depth)
   params, order = setting.init(seed), setting.order(seed, steps)
   batch = setting.batch(seed, EXAMPLES)
   key = jax.random.key(seed)
   found = {}
   for arm, masks in _chosen(width, depth, sparsity)(params, batch, key).items():
-    trained, _ = small.trainer(width, depth)(
+    trained, _ = mnist1d_mlp.trainer(width, depth)(
       params, masks, setting.data, order, learning_rate=learning_rate
     )
     found[arm] = setting.measure(trained) | {
       "collapsed": collapsed(masks),
       "connected": connected(masks),
-      "density": procedures.density(masks),
+      "density": under_masks.density(masks),
     }
   return found

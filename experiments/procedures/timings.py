@@ -16,9 +16,9 @@ import numpy as np
 import optax
 import scipy.sparse
 
-from experiments import small
 from experiments.bench import condensed as bench
 from experiments.bench import timing
+from experiments.procedures import mnist1d_mlp
 from experiments.tasks import classification
 from sparsejax import weights
 
@@ -167,7 +167,7 @@ class Perceptron(nnx.Module):
 @functools.cache
 def _compiled(arm: str, width: int, depth: int) -> tuple[Callable, ...]:
   """init(seed), step, train and measure of a network of one kind of layers."""
-  setting = small.setting(8, 1)  # its data
+  setting = mnist1d_mlp.setting(8, 1)  # its data
   layer = nnx.Linear
   if arm == "pixelfly":
     layer = functools.partial(weights.Pixelfly, block=BLOCK, rank=RANK)
@@ -182,7 +182,7 @@ def _compiled(arm: str, width: int, depth: int) -> tuple[Callable, ...]:
     return classification.metrics(nnx.merge(graph, params, rest), batch)
 
   def tx(rate):
-    return small.adam(rate)
+    return mnist1d_mlp.adam(rate)
 
   def init(seed):
     params = nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))
@@ -208,7 +208,7 @@ def _compiled(arm: str, width: int, depth: int) -> tuple[Callable, ...]:
 @functools.cache  # arms that learn at other rates were still timed in turn
 def _steps(seed: int, width: int, depth: int, rounds: int) -> dict[str, float]:
   """Milliseconds of a training step of each arm."""
-  setting, contestants = small.setting(8, 1), {}
+  setting, contestants = mnist1d_mlp.setting(8, 1), {}
   rows = setting.order(seed, 1)[0]
   batch = {n: jnp.asarray(x[rows]) for n, x in setting.data.items()}
   for arm in ("pixelfly", "dense"):
@@ -236,7 +236,7 @@ def pixelfly(
     steps: of a training.
     rounds: steps of each that are timed.
   """
-  setting, found = small.setting(8, 1), {}
+  setting, found = mnist1d_mlp.setting(8, 1), {}
   order = setting.order(seed, steps)
   for arm, time in _steps(seed, width, depth, rounds).items():
     init, _, train, validated = _compiled(arm, width, depth)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import optax
 
-from experiments import procedures
 from experiments.models import mlp
+from experiments.procedures import under_masks
 from experiments.tasks import mnist1d
 from experiments.tasks import task
 
@@ -112,6 +112,6 @@ def sgd(steps: int) -> Callable:
 
 @functools.cache
 def trainer(width: int, depth: int, schedule: int | None = None) -> Callable:
-  """`procedures.trainer` of a setting: Adam, or SGD for so many steps."""
+  """`under_masks.trainer` of a setting: Adam, or SGD for so many steps."""
   optimizer = adam if schedule is None else sgd(schedule)
-  return procedures.trainer(setting(width, depth).loss, optimizer)
+  return under_masks.trainer(setting(width, depth).loss, optimizer)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import procedures
-from experiments import small
+from experiments.procedures import mnist1d_mlp
+from experiments.procedures import under_masks
 from sparsejax import weights
 
 WIDTH, DEPTH = 100, 2
@@ -41,7 +41,7 @@ PENALTIES = {
 
 @functools.cache
 def trainer(arm: str, steps: int):
-  """`procedures.trainer` of SGD at a constant rate under a penalty."""
+  """`under_masks.trainer` of SGD at a constant rate under a penalty."""
 
   def optimizer(learning_rate, strength):
     # Up to `strength` in the last epoch, by the same factor in each.
@@ -53,7 +53,7 @@ def trainer(arm: str, steps: int):
       optax.sgd(learning_rate, momentum=0.9),
     )
 
-  return procedures.trainer(small.setting(WIDTH, DEPTH).loss, optimizer)
+  return under_masks.trainer(mnist1d_mlp.setting(WIDTH, DEPTH).loss, optimizer)
 
 
 def measure(
@@ -73,9 +73,9 @@ def measure(
     steps: under the penalty.
     fine_tuning: steps under the mask.
   """
-  setting = small.setting(WIDTH, DEPTH)
+  setting = mnist1d_mlp.setting(WIDTH, DEPTH)
   params, order = setting.init(seed), setting.order(seed, steps)
-  dense, found = procedures.dense_masks(params), {}
+  dense, found = under_masks.dense_masks(params), {}
   for arm in ARMS:
     before, _ = trainer(arm, steps)(
       params,
@@ -85,9 +85,9 @@ def measure(
       learning_rate=learning_rate,
       strength=strength,
     )
-    masks = procedures.prune(before, dense, SPARSITY, scope="global")
-    pruned = procedures.masked(before, masks)
-    tuned, _ = small.trainer(WIDTH, DEPTH, fine_tuning)(
+    masks = under_masks.prune(before, dense, SPARSITY, scope="global")
+    pruned = under_masks.masked(before, masks)
+    tuned, _ = mnist1d_mlp.trainer(WIDTH, DEPTH, fine_tuning)(
       pruned,
       masks,
       setting.data,

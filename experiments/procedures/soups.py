@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments import procedures
-from experiments import small
+from experiments.procedures import mnist1d_mlp
+from experiments.procedures import under_masks
 
 WIDTH, DEPTH = 150, 2
 DENSE, RETRAIN = 2_000, 600  # steps
@@ -27,9 +27,9 @@ def measure(
     copies, of their orders and weight decays; and of one whose phases take as
     many steps as all copies of the soup have together.
   """
-  setting, copies = small.setting(WIDTH, DEPTH), len(DECAYS)
+  setting, copies = mnist1d_mlp.setting(WIDTH, DEPTH), len(DECAYS)
   compiled = {
-    steps: small.trainer(WIDTH, DEPTH, steps)
+    steps: mnist1d_mlp.trainer(WIDTH, DEPTH, steps)
     for steps in (dense, retrain, copies * retrain)
   }
 
@@ -48,14 +48,14 @@ def measure(
       own = seed + 100_000 * (1 + first + copy) + 10_000 * phase
       return trained(params, masks, steps, own, DECAYS[first + copy])
 
-    *_, last = procedures.soups(
+    *_, last = under_masks.soups(
       train, start, fractions=FRACTIONS, copies=copies
     )
     return setting.measure(last.params)
 
   params = setting.init(seed)
   start = trained(
-    params, procedures.dense_masks(params), dense, seed, DECAYS[1]
+    params, under_masks.dense_masks(params), dense, seed, DECAYS[1]
   )
   single = [pruned(1, retrain, first) for first in range(copies)]
   return {

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import procedures
-from experiments import small
 from experiments.models import transformer
+from experiments.procedures import mnist1d_mlp
+from experiments.procedures import under_masks
 from experiments.tasks import text
 from sparsejax import activations
 from sparsejax import capture
@@ -174,7 +174,7 @@ def mislabeled(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 @functools.cache
 def _trainer(*given: int) -> Callable:
-  return procedures.trainer(small.setting(*given).loss, small.adam)
+  return under_masks.trainer(mnist1d_mlp.setting(*given).loss, mnist1d_mlp.adam)
 
 
 def noise(
@@ -202,12 +202,12 @@ def noise(
   found = {}
   for arm, (depth, few, share) in MLPS.items():
     given = width, depth, examples, kept if few else 0
-    setting = small.setting(*given)
+    setting = mnist1d_mlp.setting(*given)
     params = setting.init(seed)
     labels = mislabeled(setting.data["labels"], share, seed)
     trained, losses = _trainer(*given)(
       params,
-      procedures.dense_masks(params),
+      under_masks.dense_masks(params),
       setting.data | {"labels": labels},
       setting.order(seed, steps),
       learning_rate=learning_rate,

@@ -1,0 +1,1 @@
+"""Procedures around training, and what claims measure of them and of layers."""
