@@ -305,8 +305,11 @@ def train_only(
   belongs inside.
 
   Updates outside are -0.0, the one number that changes no bit of what it is
-  added to, also not of a -0.0. (Hardware that has no subnormal numbers makes
-  them 0 in any sum.)
+  added to, also not of a -0.0. (What has no subnormal numbers, such as XLA on
+  CPU, makes them 0 in any sum.) So it stands last and outside: what has updates
+  or a copy of the parameters of its own belongs into `inner`, such as weight
+  decay, `schedule_free` (which outside rounds what is frozen) or
+  `MultiSteps(...).gradient_transformation()` (whose zeros are +0.0).
 
   Indices lie in the state, not in the compiled program. Parameters may be
   sharded; of them and their gradients only the chosen parts are moved. Vectors
@@ -345,8 +348,9 @@ def train_only(
   def init(params):
     leaves, rebuild = paths.named(params)
     _check(wanted, shapes, leaves)
+    # Copies: a state may be donated, and what was chosen is kept.
     index = {
-      n: jnp.asarray(c.index) if hasattr(c, "index") else _NOTHING
+      n: jnp.array(c.index) if hasattr(c, "index") else _NOTHING
       for n, c in wanted.items()
     }
     full = rebuild({n: index.get(n, _NOTHING) for n in leaves})

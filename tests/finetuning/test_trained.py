@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from sparsejax import finetuning
@@ -227,6 +228,59 @@ def test_bf16_and_missing_gradients():
   assert updates["a"].dtype == state.inner[0].mu["a"].dtype == jnp.bfloat16
   assert new["step"] == 3 and bits(new["b"]) == bits(params["b"])
   assert (np.asarray(new["a"] != params["a"]) == MASKS["a"]).all()
+
+
+def test_a_donated_state_takes_nothing_with_it():
+  params = {"w": jnp.ones((3, 2))}
+  chosen = finetuning.choose(params, {"w": np.eye(3, 2, dtype=bool)})
+  chosen = jax.tree.map(jnp.asarray, chosen)
+  tx = finetuning.train_only(optax.sgd(1.0), chosen)
+  update = jax.jit(tx.update, donate_argnums=1)
+  update(params, tx.init(params), params)
+  update(params, tx.init(params), params)
+  assert finetuning.take(params, chosen)["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optax.MultiSteps(optax.adamw(0.1), 2).gradient_transformation(),
+    optax.contrib.schedule_free_adamw(0.1),
+    optax.apply_if_finite(optax.adamw(0.1), 2),
+    optax.inject_hyperparams(optax.adamw)(learning_rate=0.1),
+    optax.adafactor(0.1),
+  ],
+)
+def test_wrappers_inside_leave_every_bit(inner):
+  params = jnp.array([[-0.0, 0.3, 1.0], [np.pi, -0.7, -0.0]])
+  mask = np.array([[False, False, True], [False, True, False]])
+  tx = finetuning.train_only(inner, mask)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jnp.ones_like(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  tuned, state = params, tx.init(params)
+  for _ in range(3):
+    tuned, state = step(tuned, state)
+  same = np.asarray(tuned).view(np.uint32) == np.asarray(params).view(np.uint32)
+  np.testing.assert_array_equal(same, ~mask)
+
+
+def test_state_is_saved(tmp_path):
+  params = {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(2)}
+  chosen = {"w": np.eye(3, 2, dtype=bool)}
+  tx = finetuning.train_only(optax.adamw(0.1), chosen)
+  state = tx.update(params, tx.init(params), params)[1]
+  with ocp.StandardCheckpointer() as saver:
+    saver.save(tmp_path / "state", state)
+    saver.wait_until_finished()
+    back = saver.restore(tmp_path / "state", tx.init(params))
+  jax.tree.map(np.testing.assert_array_equal, back, state)
+  updates = tx.update(params, back, params)[0]
+  want = tx.update(params, state, params)[0]
+  jax.tree.map(np.testing.assert_array_equal, updates, want)
 
 
 def test_nnx_optimizer():
