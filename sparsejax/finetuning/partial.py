@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,7 +57,7 @@ def partial_matmul(
   want = jax.eval_shape(choice.take, kernel).shape
   if part.shape != want:
     raise ValueError(f"part must be {want}, got {part.shape}")
-  return _matmul(x, kernel, part, choice)
+  return _matmul(x, lax.stop_gradient(kernel), part, choice)
 
 
 @jax.custom_vjp
@@ -126,9 +127,11 @@ class PartialDot(nnx.Module):
   def __init__(self, part: Array, choice: trained.Choice):
     index = None
     if hasattr(choice, "index"):
-      index = PartIndex(jnp.asarray(choice.index))
+      index = PartIndex(jnp.array(choice.index))
       choice = dataclasses.replace(choice, index=None)
-    self.part, self.index = TrainedPart(part), nnx.data(index)
+    # Copies: a part that is the whole kernel is another array, as donation of a
+    # model needs it.
+    self.part, self.index = TrainedPart(jnp.array(part)), nnx.data(index)
     self.fixed = nnx.static(choice)
 
   @property

@@ -91,6 +91,18 @@ def test_vmap_and_second_derivatives(name):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
 
 
+def test_a_frozen_kernel_has_no_gradient_of_any_order():
+  rows, part = finetuning.Slice(0, 1, 2), drawn(1, 2)
+
+  def slope(kernel):
+    loss = lambda x: (
+      finetuning.partial_matmul(x, kernel, part, rows) ** 2
+    ).sum()
+    return (jax.grad(loss)(jnp.ones(3)) ** 2).sum()
+
+  assert not jax.grad(slope)(drawn(3, 2)).any()
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_backward_pass_is_as_small_as_the_slice(axis):
   x, kernel = drawn(64, 40), drawn(40, 80)
@@ -150,6 +162,17 @@ CHOSEN = {
     2: {"kernel": RNG.random((8, 4)) < 0.3},
   }
 }
+
+
+@pytest.mark.parametrize("whole", [True, finetuning.Slice(0, 0, 6)])
+def test_a_whole_kernel_can_be_donated(whole):
+  tuned = finetuning.add_parts(
+    nnx.Linear(6, 8, rngs=nnx.Rngs(0)), {"kernel": whole}
+  )
+  run = nnx.jit(lambda model, x: (model(x), model), donate_argnums=0)
+  x = drawn(2, 6)
+  want = np.asarray(tuned(x))
+  np.testing.assert_allclose(run(tuned, x)[0], want, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_of_parts():
