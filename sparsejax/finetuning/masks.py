@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import paths
+from sparsejax import sharding
+from sparsejax.automatic import automatic
 from sparsejax.finetuning import meters
 from sparsejax.finetuning import trained
 from sparsejax.select import thresholds
@@ -25,7 +27,8 @@ def fisher_scores(
   """The empirical Fisher information: mean squared gradients of examples.
 
   Squares are of each example's own gradient, never of a batch's; so examples
-  are gone through one by one, in the memory of one gradient and the sum.
+  are gone through one by one, in the memory of one gradient and the sum. On
+  several devices each goes through all of them.
 
   Args:
     log_prob: `log_prob(params, example)`, the scalar log-probability of the
@@ -66,7 +69,15 @@ def fisher_scores(
     return jax.tree.map(square, total, gradient(params, example)), None
 
   zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-  return lax.scan(add, zeros, examples)[0]
+  return lax.scan(add, zeros, jax.tree.map(_in_one_place, examples))[0]
+
+
+def _in_one_place(x):
+  """x, whose leading axis lies whole on every device."""
+  if not sharding.is_explicit(x):
+    return x
+  rest = list(jax.typeof(x).sharding.spec)[1:]
+  return jax.sharding.reshard(x, jax.P(None, *rest))
 
 
 def fish_mask(scores: PyTree, k: int, *, always: str | None = None) -> PyTree:
@@ -121,7 +132,8 @@ def lt_sft_masks(
     tuned: a tree like it: those after fine-tuning all of them.
     k: how many entries to choose, of all parameters together; earlier
       parameters and lower indices win ties.
-    already: masks of what is trained anyway, to which k more are added.
+    already: masks of what is trained anyway, to which k more are added, or as
+      many as are left.
 
   Returns:
     Boolean arrays, a tree like `start`.
@@ -227,8 +239,9 @@ def block_scores(
         f"block must divide the matrices, got {tuple(block)} for {n!r} of "
         f"shape {shape}"
       )
-    split = leaves[n].reshape(shape[0] // r, r, shape[1] // c, c)
-    scores[n] = split.astype(jnp.float32).mean((1, 3))
+    grid = shape[0] // r, r, shape[1] // c, c
+    mean = lambda x, grid=grid: x.reshape(grid).mean((1, 3), jnp.float32)
+    scores[n] = automatic(mean, leaves[n])
   return scores
 
 

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from sparsejax import finetuning
+from tests import common
 from tests.oracles import finetuning as oracle
 
 RNG = np.random.default_rng(0)
@@ -161,6 +162,29 @@ def test_blocks_by_mean_gradient(block):
     mu = tx.init(sizes).inner[0].mu
     count = sum(x.size for x in jax.tree.leaves(mu))
     assert count == k * block[0] * block[1]
+
+
+@pytest.mark.parametrize("axis_type", common.AXIS_TYPES)
+def test_scores_over_devices(axis_type):
+  mesh = common.mesh_of(axis_type)
+  rng = np.random.default_rng(5)
+  w, x = rng.normal(size=(4, 8)), rng.normal(size=(8, 4))
+  w, x = w.astype(np.float32), x.astype(np.float32)
+  score = jax.jit(
+    lambda w, x: finetuning.fisher_scores(lambda w, x: (x @ w).sum(), w, x)
+  )
+  with jax.set_mesh(mesh):
+    kernel = common.place(w, mesh, jax.P(None, "y"))
+    fisher = score(kernel, common.place(x, mesh, jax.P("x")))
+    sizes = {"w": common.place(abs(w), mesh, jax.P("x", "y"))}
+    blocks = finetuning.block_scores(sizes, (2, 4))
+    chosen = finetuning.smt_blocks(sizes, 2, (2, 4))
+  np.testing.assert_allclose(
+    fisher, np.repeat((x**2).mean(0)[:, None], 8, 1), rtol=1e-5
+  )
+  want = abs(w).reshape(2, 2, 2, 4).mean((1, 3))
+  np.testing.assert_allclose(blocks["w"], want, rtol=1e-6)
+  assert len(chosen["w"].index) == 2
 
 
 def test_bad_input():
