@@ -23,7 +23,7 @@ def update_masks(
 
   Returns:
     Boolean arrays, a tree like `before`: True where an entry changed by more,
-    or is NaN in one of the two.
+    or is NaN.
 
   Raises:
     ValueError: the trees differ, or tolerance is negative.
@@ -38,7 +38,10 @@ def update_masks(
     raise ValueError(f"tolerance must be at least 0, got {tolerance}")
   old, rebuild = paths.named(before)
   new = same_shapes("after", after, "before", old)
-  unchanged = {n: _size(old[n], new[n]) <= tolerance for n in old}
+  # An infinity less itself is NaN.
+  unchanged = {
+    n: (old[n] == new[n]) | (_size(old[n], new[n]) <= tolerance) for n in old
+  }
   return rebuild({n: ~m for n, m in unchanged.items()})
 
 

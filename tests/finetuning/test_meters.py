@@ -32,6 +32,12 @@ def test_limits_and_bf16():
   assert finetuning.update_sparsity(x, nan) == jnp.float32(0.8)
 
 
+def test_infinities_that_stay_are_no_change():
+  x = jnp.array([jnp.inf, -jnp.inf, 1.0, jnp.nan])
+  assert finetuning.update_masks(x, x).tolist() == [0, 0, 0, 1]
+  assert finetuning.update_masks(x, -x).tolist() == [1, 1, 1, 1]
+
+
 def test_bad_input():
   x = jnp.zeros((2, 3))
   with pytest.raises(ValueError, match="after must be like before"):
