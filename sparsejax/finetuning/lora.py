@@ -116,7 +116,8 @@ def add_lora(
   so that nothing else has a gradient or a state.
 
   Args:
-    model: any module that holds `nnx.Linear`.
+    model: any module that holds `nnx.Linear`. What multiplies otherwise, as
+      `nnx.LinearGeneral` in `nnx.MultiHeadAttention` does, stays as it is.
     where: a regular expression, searched for in the paths of its linear layers
       ("blocks/0/attention/out"); by default all of them.
     rank: of the change.
@@ -130,7 +131,7 @@ def add_lora(
 
   Raises:
     ValueError: as `LoRA`; `where` matches no layer, or one that has a
-      `dot_general` of its own.
+      `dot_general` of its own or a stack of kernels (add inside of `nnx.vmap`).
 
   >>> model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.relu)
   >>> tuned = add_lora(model, where="layers/0", rank=2, rngs=nnx.Rngs(1))
@@ -141,6 +142,11 @@ def add_lora(
   """
   model = nnx.clone(model)
   for name, layer in layers.matching(model, where).items():
+    if layer.kernel.ndim != 2:
+      raise ValueError(
+        f"{name}: its kernel must be [inputs, outputs], got "
+        f"{layer.kernel.shape}: add inside of nnx.vmap"
+      )
     lora = LoRA(
       layer.in_features,
       layer.out_features,

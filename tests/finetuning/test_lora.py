@@ -165,6 +165,28 @@ def test_the_ensemble_is_no_worse_than_its_members():
   assert loss(sum(outputs) / 8) < np.mean(members)
 
 
+def test_layers_of_a_scan():
+  make = nnx.vmap(lambda key: nnx.Linear(4, 4, rngs=nnx.Rngs(key)))
+  model = make(jax.random.split(jax.random.key(0), 3))
+  with pytest.raises(ValueError, match=r"add inside of nnx\.vmap"):
+    finetuning.add_lora(model, rank=1, rngs=nnx.Rngs(0))
+
+  @nnx.vmap
+  def add(layer, key):
+    return finetuning.add_lora(layer, rank=1, rngs=nnx.Rngs(key))
+
+  tuned = add(model, jax.random.split(jax.random.key(1), 3))
+  assert tuned.dot_general.a.shape == (3, 4, 1)
+  tuned.dot_general.b[...] += 1.0
+  scan = nnx.scan(
+    lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+  )
+  x = jnp.ones((2, 4))
+  merged = nnx.vmap(finetuning.merge_lora)(tuned)
+  # Three f32 products of sums of four.
+  np.testing.assert_allclose(scan(x, merged), scan(x, tuned), rtol=1e-4)
+
+
 def test_bad_input():
   layer = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
   add = lambda layer, **options: finetuning.add_lora(
