@@ -300,16 +300,14 @@ def train_only(
   (a vector of entries, blocks, a slice) and what is frozen is left out, as by
   `optax.masked`; so norms, clipping and weight decay are of what is trained.
   Where it needs whole matrices (adafactor's rows and columns, muon) choose
-  slices or whole arrays. A link after this one in `optax.chain` that moves
-  parameters by themselves, as weight decay does, moves the frozen ones too: it
-  belongs inside.
+  slices or whole arrays.
 
   Updates outside are -0.0, the one number that changes no bit of what it is
   added to, also not of a -0.0. (What has no subnormal numbers, such as XLA on
   CPU, makes them 0 in any sum.) So it stands last and outside: what has updates
   or a copy of the parameters of its own belongs into `inner`, such as weight
-  decay, `schedule_free` (which outside rounds what is frozen) or
-  `MultiSteps(...).gradient_transformation()` (whose zeros are +0.0).
+  decay (which outside moves what is frozen), `schedule_free` (which rounds it)
+  or `MultiSteps(...).gradient_transformation()` (whose zeros are +0.0).
 
   Indices lie in the state, not in the compiled program. Parameters may be
   sharded; of them and their gradients only the chosen parts are moved. Vectors
