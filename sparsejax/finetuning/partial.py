@@ -161,7 +161,8 @@ def add_parts(model: nnx.Module, chosen: Any) -> nnx.Module:
   so that no other gradient is computed, and these from what they need alone.
 
   Args:
-    model: any module that holds `nnx.Linear`.
+    model: any module that holds `nnx.Linear`; its arrays are shared, so that
+      to donate the copy takes the model's.
     chosen: as in `choose`, of kernels of `nnx.Linear`, for
       `nnx.state(model, nnx.Param)`.
 
