@@ -1,5 +1,7 @@
 """Which neurons fire."""
 
+from sparsejax.activations.attention_gate import output_gate
+from sparsejax.activations.attention_gate import OutputGate
 from sparsejax.activations.ffn import spark_ffn
 from sparsejax.activations.ffn import sparse_ffn
 from sparsejax.activations.ffn import sparse_glu
@@ -8,8 +10,6 @@ from sparsejax.activations.ffn import threshold_ffn
 from sparsejax.activations.gates import bernoulli_gate
 from sparsejax.activations.gates import best_baseline
 from sparsejax.activations.gates import noisy_rectifier
-from sparsejax.activations.gates import output_gate
-from sparsejax.activations.gates import OutputGate
 from sparsejax.activations.gates import reinforce
 from sparsejax.activations.gates import stochastic_times_smooth
 from sparsejax.activations.losses import density_loss
