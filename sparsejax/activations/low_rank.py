@@ -99,19 +99,31 @@ def r_sparse_fit(
   Source: r-sparse, R-Sparse: Rank-Aware Activation Sparsity for Efficient LLM
   Inference.
   """
+  _check(kernel, x)
+  return _fit(kernel, _factors(kernel), x, sparsity, share)
+
+
+def _check(kernel, x):
   if kernel.ndim != 2 or x.shape[-1:] != kernel.shape[:1]:
     raise ValueError(
       f"kernel and x must be [K, N] and [..., K], got {kernel.shape} and "
       f"{x.shape}"
     )
+
+
+def _factors(kernel):
+  """The singular vectors and values, whole on every device."""
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  return automatic(svd, kernel.astype(jnp.float32))
+
+
+def _fit(kernel, factors, x, sparsity, share):
   _, rank, zeros = r_sparse_budget(*kernel.shape, sparsity, share)
   rank = min(rank, *kernel.shape)
-  weight = kernel.astype(jnp.float32)
-  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
-  u, s, vt = automatic(svd, weight)
-  scale = jnp.ones(len(weight))
+  u, s, vt = factors
+  scale = jnp.ones(len(kernel))
   if rank:
-    scale = jnp.sqrt((weight**2).sum(1))
+    scale = jnp.sqrt((kernel.astype(jnp.float32) ** 2).sum(1))
   threshold = Magnitudes.zeros().add(x * scale).quantile(zeros)
   left = (u[:, :rank] * s[:rank]).astype(kernel.dtype)
   return RSparse(threshold, scale, left, vt[:rank].astype(kernel.dtype))
@@ -176,7 +188,8 @@ def r_sparse_search(
     error of the output on x, f64 [shares].
 
   Raises:
-    ValueError: there are no shares, or one is out of range.
+    ValueError: there are no shares, one is out of range, or for shapes that do
+      not fit.
 
   Example:
     >>> x, kernel = jnp.array([[9.0, 0.1]]), jnp.eye(2)
@@ -189,10 +202,11 @@ def r_sparse_search(
   """
   if not shares:
     raise ValueError("shares must hold at least one, got none")
+  _check(kernel, x)
   errors = []
-  exact = x @ kernel
+  exact, factors = x @ kernel, _factors(kernel)
   for share in shares:
-    fit = r_sparse_fit(kernel, x, sparsity=sparsity, share=share)
+    fit = _fit(kernel, factors, x, sparsity, share)
     error = (r_sparse(x, kernel, fit) - exact).astype(jnp.float32)
     errors.append(float((error**2).mean()))
   return shares[int(np.argmin(errors))], np.array(errors)
