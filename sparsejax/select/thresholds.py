@@ -110,7 +110,9 @@ def descend(fits: Callable[[Array], Array], like: Array) -> Array:
     trial = t | (jnp.ones_like(t) << (bits - 1 - i).astype(t.dtype))
     return jnp.where(fits(trial), trial, t)
 
-  return lax.fori_loop(0, bits, body, jnp.zeros_like(like))
+  # Outside of jit `zeros_like` forgets a sharding that is a type.
+  begin = sharding.like(jnp.zeros_like(like), like)
+  return lax.fori_loop(0, bits, body, begin)
 
 
 def kth_key(

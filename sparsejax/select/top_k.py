@@ -9,6 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import sharding
 from sparsejax.select import thresholds
 
 Array = jax.Array
@@ -53,7 +54,8 @@ def top_k_keys(
 
   # Ties beyond the budget are rare: only then is the index bisected as well.
   fits = jnp.all(thresholds.count(equal, axis) <= spare)
-  m = lax.cond(fits, lambda: ~jnp.zeros_like(t.astype(jnp.uint32)), cut)
+  every = sharding.like(~jnp.zeros_like(t, jnp.uint32), t)
+  m = lax.cond(fits, lambda: every, cut)
   return [o | f for o, f in zip(over, first(m), strict=True)]
 
 

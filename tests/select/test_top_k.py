@@ -293,3 +293,11 @@ class ShardedTest(parameterized.TestCase):
       got = top_k_mask(common.place(x, mesh, jax.P("x")), 5)
       self.assertEqual(jax.typeof(got).sharding.spec, jax.P("x", None))
     np.testing.assert_array_equal(got, x >= 31)
+
+  @parameterized.product(spec=(jax.P(None, "x"), jax.P("x")), axis=(-1, 0))
+  def test_rows_outside_of_jit(self, spec, axis):
+    mesh = common.mesh_of(common.AXIS_TYPES[1])
+    x = np.random.default_rng(0).integers(0, 3, (8, 8)).astype(np.float32)
+    with jax.set_mesh(mesh):
+      got = top_k.top_k_mask(common.place(x, mesh, spec), 3, axis=axis)
+    np.testing.assert_array_equal(got, top_k_mask(x, 3, axis))
