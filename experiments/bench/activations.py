@@ -49,7 +49,9 @@ def by_gate(params, x):
   """A threshold after the first product (CATS), and what runs with it."""
   gated = "gate" in params
   act = jax.nn.silu if gated else jax.nn.relu
-  rows = dict(params, up=params["up"].T) if gated else params
+  rows = dict(params)
+  if gated:
+    rows["up_rows"] = rows.pop("up").T
   limit = quantile(act(x @ params["gate" if gated else "up"]))
 
   def run(x, given):

@@ -111,13 +111,14 @@ def sparse_ffn(
   """A feed-forward layer whose activation leaves most neurons at zero.
 
   Without a gate, `activation(x @ up) @ down`; with one, `(activation(x @ gate)
-  * (x @ up.T)) @ down`. The first product is dense: it says which neurons fire.
-  Of the others the rows of those are read.
+  * (x @ up_rows.T)) @ down`. The first product is dense: it says which neurons
+  fire. Of the others the rows of those are read.
 
   Args:
     x: floating [..., width].
     params: "up" [width, neurons] and "down" [neurons, N]; or "gate" [width,
-      neurons], "up" [neurons, width], whose neurons are rows, and "down".
+      neurons], "up_rows" [neurons, width], whose neurons are rows (a Flax
+      kernel transposed, once), and "down".
     activation: function of what the first product gives, [..., neurons], such
       as `lambda s: keep_above(jax.nn.silu(s), threshold)` (CATS, CHESS),
       `lambda s: top_k(jax.nn.relu(s), k)` or `jax.nn.relu`.
@@ -142,12 +143,12 @@ def sparse_ffn(
   Thresholding and Selective Sparsification; lazy-neuron-topk, The Lazy Neuron
   Phenomenon: On Emergence of Activation Sparsity in Transformers, section 4.
   """
-  gated = _is_gated(params)
+  gated = _is_gated(params, "up_rows")
   first = "gate" if gated else "up"
   _check_product(x, params[first], f"x and {first}")
   a = activation(x @ params[first])
   if gated:
-    arrays = a, x, params["up"], params["down"]
+    arrays = a, x, params["up_rows"], params["down"]
     return _either(sparse_glu, _dense_gated, arrays, capacity)
   arrays = a, params["down"]
   return _either(sparse_matmul, _dense_product, arrays, capacity)
@@ -192,7 +193,7 @@ def threshold_ffn(
   Source: top-k-activation, Training-Free Activation Sparsity in Large Language
   Models, section 4.
   """
-  gated = _is_gated(params)
+  gated = _is_gated(params, "up")
   if set(thresholds) != set(params):
     raise ValueError(
       f"thresholds must be by the names of params, {sorted(params)}, got "
@@ -218,12 +219,12 @@ def spark_ffn(
 ) -> Array:
   """A gated layer whose first inputs predict, cheaply, which neurons fire.
 
-  `(gelu(statistical_top_k(x[:r] @ gate, k)) * (x[r:] @ up.T)) @ down`.
+  `(gelu(statistical_top_k(x[:r] @ gate, k)) * (x[r:] @ up_rows.T)) @ down`.
 
   Args:
     x: floating [..., width].
-    params: "gate" [r, neurons], "up" [neurons, width - r], whose neurons are
-      rows, and "down" [neurons, N].
+    params: "gate" [r, neurons], "up_rows" [neurons, width - r], whose neurons
+      are rows, and "down" [neurons, N].
     k: how many neurons about fire; see `statistical_top_k`.
     capacity: as `sparse_ffn` takes it.
 
@@ -236,7 +237,7 @@ def spark_ffn(
   Example:
     >>> params = {
     ...   "gate": jnp.array([[1.0, 2.0, 3.0, 4.0]]),
-    ...   "up": jnp.ones((4, 1)),
+    ...   "up_rows": jnp.ones((4, 1)),
     ...   "down": jnp.eye(4),
     ... }
     >>> y = spark_ffn(jnp.array([1.0, 10.0]), params, 2, capacity=2)
@@ -246,7 +247,7 @@ def spark_ffn(
   Source: spark-transformer, Spark Transformer: Reactivating Sparsity in FFN and
   Attention, its FFN. GELU is the exact one.
   """
-  if not _is_gated(params) or len(params["gate"]) >= x.shape[-1]:
+  if not _is_gated(params, "up_rows") or len(params["gate"]) >= x.shape[-1]:
     raise ValueError(
       f"params must have a gate [r, neurons] with r below {x.shape[-1]}, got "
       f"{ {name: array.shape for name, array in params.items()} }"
@@ -254,15 +255,19 @@ def spark_ffn(
   first, rest = jnp.split(x, [len(params["gate"])], -1)
   scores = statistical_top_k(first @ params["gate"], k)
   a = jax.nn.gelu(scores, approximate=False)
-  arrays = a, rest, params["up"], params["down"]
+  arrays = a, rest, params["up_rows"], params["down"]
   return _either(sparse_glu, _dense_gated, arrays, capacity)
 
 
-def _is_gated(params):
-  """Whether there is a gate; refuses other names."""
-  if set(params) not in ({"up", "down"}, {"gate", "up", "down"}):
+def _is_gated(params, up):
+  """Whether there is a gate; refuses other names.
+
+  A square kernel fits both ways: what is to be transposed has its own name.
+  """
+  if set(params) not in ({"up", "down"}, {"gate", up, "down"}):
     raise ValueError(
-      f"params must be up and down, with or without gate, got {sorted(params)}"
+      f"params must be up and down, or gate, {up} and down, got "
+      f"{sorted(params)}"
     )
   return "gate" in params
 

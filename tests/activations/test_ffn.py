@@ -22,7 +22,7 @@ DENSE = {
   "up": UP.T.copy(),
   "down": KERNEL,
 }
-ROWS = DENSE | {"up": UP}
+ROWS = {"gate": DENSE["gate"], "up_rows": UP, "down": KERNEL}
 # Nothing, fewer and more than eight rows (what a step adds), and all.
 COUNTS = (0, 1, 8, 11, NEURONS)
 
@@ -201,13 +201,13 @@ def test_thresholded_inputs_equal_a_loop():
 def test_spark_layer_equals_a_loop():
   params = {
     "gate": pieces.draw(11, 2, NEURONS),
-    "up": pieces.draw(12, NEURONS, 3),
+    "up_rows": pieces.draw(12, NEURONS, 3),
     "down": KERNEL,
   }
   run = layer(
     lambda x, **options: activations.spark_ffn(x, params, 5, **options)
   )
-  want = oracle.spark_ffn(X, params["gate"], params["up"].T, KERNEL, 5)
+  want = oracle.spark_ffn(X, params["gate"], params["up_rows"].T, KERNEL, 5)
   for got in run(X):
     pieces.close(got, want)
 
@@ -264,9 +264,11 @@ def test_shapes_that_do_not_fit(capacity):
     run(X, plain)
   with pytest.raises(ValueError, match=r"x and gate must be \[..., K\]"):
     run(X[:, 1:], ROWS)
-  # A Flax kernel that was not transposed.
-  with pytest.raises(ValueError, match="a, x, up and down must be"):
+  # A Flax kernel that was not transposed, by its name and by its shape.
+  with pytest.raises(ValueError, match="gate, up_rows and down"):
     run(X, DENSE)
+  with pytest.raises(ValueError, match="a, x, up and down must be"):
+    run(X, ROWS | {"up_rows": DENSE["up"]})
 
 
 def test_bad_input():
@@ -281,4 +283,4 @@ def test_bad_input():
   with pytest.raises(ValueError, match="thresholds must be by the names"):
     activations.threshold_ffn(X, DENSE, jax.nn.silu, {"up": 1.0})
   with pytest.raises(ValueError, match=r"gate \[r, neurons\] with r below 5"):
-    activations.spark_ffn(X, DENSE, 2)
+    activations.spark_ffn(X, ROWS, 2)
