@@ -30,6 +30,7 @@ layers that read what fires          | sparsejax.activations.sparse_ffn
 fine-tuning of chosen entries        | sparsejax.finetuning.train_only
 FISH, LT-SFT, SMT, S2FT              | sparsejax.finetuning.fish_mask, ...
 LoRA                                 | sparsejax.finetuning.add_lora
+SparseLoCo, between replicas         | sparsejax.communication
 methods of two rooms (UMoE)          | sparsejax.recipes.UMoE
 pictures of masks and attention      | sparsejax.plots
 """
