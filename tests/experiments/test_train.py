@@ -80,7 +80,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(finished, tmp_path):
     ({"task.name": "iris"}, r"config.task.name is 'iris'; .* digits, "),
     ({"task.path": ""}, r"config.task.path is not a setting here"),
     ({"model.name": "transformer"}, r"config.model.name .* does not fit"),
-    ({"model.heads": 2}, r"config.model.heads .* takes depth, width"),
+    ({"model.heads": 2}, r"config.model.heads .* takes depth, top_k, width"),
     ({"method.sparsity": 1.5}, r"sparsity"),
     ({"batch_size": 0}, r"config.batch_size takes 1 or more; got 0"),
   ],
