@@ -139,6 +139,9 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
       low, high = zip(*((min(v), max(v)) for v in values))
       ax.fill_between(densities, low, high, color=line.get_color(), alpha=0.2)
     ax.set(xlabel="density", ylabel=name.replace("_", " "), xscale="log")
+    shown = densities[:: max(1, len(densities) // 6)]
+    ax.set_xticks(shown, [f"{density:.3g}" for density in shown], minor=False)
+    ax.minorticks_off()
     ax.invert_xaxis()
     ax.legend()
   page.savefig(path, dpi=150)
