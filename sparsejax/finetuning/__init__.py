@@ -1,6 +1,13 @@
 """Which parameters change: fine-tuning that trains few of them."""
 
 from sparsejax.finetuning.bank import LoRABank
+from sparsejax.finetuning.choices import Blocks
+from sparsejax.finetuning.choices import choose
+from sparsejax.finetuning.choices import Entries
+from sparsejax.finetuning.choices import put
+from sparsejax.finetuning.choices import Slice
+from sparsejax.finetuning.choices import take
+from sparsejax.finetuning.choices import Whole
 from sparsejax.finetuning.deltas import compose
 from sparsejax.finetuning.deltas import Delta
 from sparsejax.finetuning.deltas import delta
@@ -23,12 +30,5 @@ from sparsejax.finetuning.partial import PartIndex
 from sparsejax.finetuning.partial import TrainedPart
 from sparsejax.finetuning.s2ft import co_permute
 from sparsejax.finetuning.s2ft import s2ft_order
-from sparsejax.finetuning.trained import Blocks
-from sparsejax.finetuning.trained import choose
-from sparsejax.finetuning.trained import Entries
-from sparsejax.finetuning.trained import put
-from sparsejax.finetuning.trained import Slice
-from sparsejax.finetuning.trained import take
 from sparsejax.finetuning.trained import train_only
 from sparsejax.finetuning.trained import TrainOnlyState
-from sparsejax.finetuning.trained import Whole

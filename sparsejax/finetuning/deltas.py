@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import paths
+from sparsejax.finetuning import choices as choices_lib
 from sparsejax.finetuning import meters
-from sparsejax.finetuning import trained
 
 Array = jax.Array
 PyTree = Any
@@ -54,8 +54,11 @@ def delta(params: PyTree, start: PyTree, chosen: PyTree) -> Delta:
     Cross-Lingual Transfer, section 3.
   """
   meters.same_shapes("start", start, "params", paths.named(params)[0])
-  choices = trained.choose(params, chosen)
-  now, before = trained.take(params, choices), trained.take(start, choices)
+  choices = choices_lib.choose(params, chosen)
+  now, before = (
+    choices_lib.take(params, choices),
+    choices_lib.take(start, choices),
+  )
   return Delta(
     choices, jax.tree.map(lambda x, y: _wide(x) - _wide(y), now, before)
   )
@@ -92,7 +95,7 @@ def compose(start: PyTree, *deltas: Delta) -> PyTree:
     parts = paths.named(d.parts)[0]
     if new := parts.keys() - leaves.keys():
       raise ValueError(f"deltas must be of start, got some of {sorted(new)}")
-    for n, c in trained.choices_by_name(d.choices, leaves).items():
+    for n, c in choices_lib.by_name(d.choices, leaves).items():
       total = sums.get(n, _wide(leaves[n]))
       sums[n] = c.put(total, c.take(total) + parts[n])
   return rebuild(

@@ -11,8 +11,8 @@ import numpy as np
 from sparsejax import paths
 from sparsejax import sharding
 from sparsejax.automatic import automatic
+from sparsejax.finetuning import choices
 from sparsejax.finetuning import meters
-from sparsejax.finetuning import trained
 from sparsejax.select import thresholds
 from sparsejax.select.top_k import top_k_keys
 from sparsejax.select.top_k import top_k_mask
@@ -251,7 +251,7 @@ def smt_blocks(
   block: tuple[int, int] = (256, 256),
   *,
   where: str = "",
-) -> dict[str, trained.Blocks]:
+) -> dict[str, choices.Blocks]:
   """The k blocks with the largest mean gradients, of all matrices together.
 
   Args:
@@ -285,7 +285,7 @@ def smt_blocks(
     n: np.argwhere(np.asarray(m)) for n, m in zip(scores, masks, strict=True)
   }
   return {
-    n: trained.Blocks(index.astype(np.int32), tuple(block))
+    n: choices.Blocks(index.astype(np.int32), tuple(block))
     for n, index in found.items()
     if len(index)
   }

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.automatic import automatic
+from sparsejax.finetuning import choices
 from sparsejax.finetuning import layers
-from sparsejax.finetuning import trained
 
 Array = jax.Array
 
 
 def partial_matmul(
-  x: Array, kernel: Array, part: Array, choice: trained.Choice
+  x: Array, kernel: Array, part: Array, choice: choices.Choice
 ) -> Array:
   """x @ kernel with a part of the kernel replaced; only that is trained.
 
@@ -89,14 +89,14 @@ def _product(choice, x, dy, kernel, part):
   As a transpose of what is linear in the part, it is sharded as JAX shards
   gradients.
   """
-  if isinstance(choice, trained.Slice):
-    last = trained.Slice(x.ndim - 1, choice.start, choice.stop)
+  if isinstance(choice, choices.Slice):
+    last = choices.Slice(x.ndim - 1, choice.start, choice.stop)
     if choice.axis == 0:
       x = last.take(x)
     else:
       dy = last.take(dy)
     return jax.linear_transpose(lambda part: x @ part, part)(dy)[0]
-  if isinstance(choice, trained.Blocks):
+  if isinstance(choice, choices.Blocks):
     r, c = choice.block
 
     def blocks(x, dy, index):
@@ -124,7 +124,7 @@ class PartialDot(nnx.Module):
     index: PartIndex of entries or blocks, or None.
   """
 
-  def __init__(self, part: Array, choice: trained.Choice):
+  def __init__(self, part: Array, choice: choices.Choice):
     index = None
     if hasattr(choice, "index"):
       index = PartIndex(jnp.array(choice.index))
@@ -135,7 +135,7 @@ class PartialDot(nnx.Module):
     self.fixed = nnx.static(choice)
 
   @property
-  def choice(self) -> trained.Choice:
+  def choice(self) -> choices.Choice:
     """Where the part lies."""
     if self.index is None:
       return self.fixed
@@ -185,7 +185,7 @@ def add_parts(model: nnx.Module, chosen: Any) -> nnx.Module:
   """
   model = nnx.clone(model)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  found = trained.choices_by_name(chosen, params)
+  found = choices.by_name(chosen, params)
   for name, layer in layers.linears(model).items():
     choice = found.pop(f"{name}/kernel".removeprefix("/"), None)
     if choice is not None:
