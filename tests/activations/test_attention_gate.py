@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from sparsejax import activations
 from tests import common
+from tests import training
 from tests.activations import pieces
 from tests.oracles import activations as oracle
 
@@ -80,44 +80,9 @@ def test_linen(tmp_path):
   )
   gate = make()
   assert nnx.to_pure_dict(nnx.state(gate, nnx.Param)).keys() == params.keys()
-
-  @jax.jit
-  def linen_step(params, opt_state):
-    def loss(params):
-      return ((linen.apply({"params": params}, Y, INPUT) - target) ** 2).mean()
-
-    value, grads = jax.value_and_grad(loss)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, value
-
-  @nnx.jit
-  def nnx_step(gate, optimizer):
-    value, grads = nnx.value_and_grad(
-      lambda gate: ((gate(Y, INPUT) - target) ** 2).mean()
-    )(gate)
-    optimizer.update(gate, grads)
-    return value
-
-  optimizer = nnx.Optimizer(gate, tx, wrt=nnx.Param)
-  opt_state, values = tx.init(params), []
-  for i in range(10):
-    params, opt_state, value = linen_step(params, opt_state)
-    values.append(float(value))
-    np.testing.assert_allclose(value, nnx_step(gate, optimizer), 1e-5)
-    if i == 4:
-      saved = {
-        "linen": (params, opt_state),
-        "nnx": nnx.state((gate, optimizer)),
-      }
-      with ocp.StandardCheckpointer() as saver:
-        saver.save(tmp_path / "saved", saved)
-        saver.wait_until_finished()
-        saved = saver.restore(tmp_path / "saved", saved)
-      params, opt_state = saved["linen"]
-      gate = make()
-      optimizer = nnx.Optimizer(gate, tx, wrt=nnx.Param)
-      nnx.update((gate, optimizer), saved["nnx"])
-  assert values[-1] < values[0]
+  training.assert_trains_alike(
+    linen, params, make, gate, (Y, INPUT), target, tx, tmp_path
+  )
 
 
 def test_bad_input():

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 import pallas_kernels
@@ -17,6 +16,7 @@ from sparsejax import attention
 from sparsejax import select
 from sparsejax import weights
 from tests import common
+from tests import training
 from tests.oracles import methods_rest as oracle
 from tests.weights.problem import jit
 from tests.weights.problem import numbers
@@ -230,41 +230,6 @@ def test_linen(tmp_path):
   assert nnx.to_pure_dict(state).keys() == params.keys()
   leaves = jax.tree.leaves(params)
   nnx.update(layer, jax.tree.unflatten(jax.tree.structure(state), leaves))
-
-  @jax.jit
-  def linen_step(params, opt_state):
-    def loss(params):
-      return ((linen.apply({"params": params}, x) - target) ** 2).mean()
-
-    value, grads = jax.value_and_grad(loss)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, value
-
-  @nnx.jit
-  def nnx_step(layer, optimizer):
-    value, grads = nnx.value_and_grad(
-      lambda layer: ((layer(x) - target) ** 2).mean()
-    )(layer)
-    optimizer.update(layer, grads)
-    return value
-
-  optimizer = nnx.Optimizer(layer, tx, wrt=nnx.Param)
-  opt_state, values = tx.init(params), []
-  for i in range(10):
-    params, opt_state, value = linen_step(params, opt_state)
-    values.append(float(value))
-    np.testing.assert_allclose(value, nnx_step(layer, optimizer), 1e-5)
-    if i == 4:
-      saved = {
-        "linen": (params, opt_state),
-        "nnx": nnx.state((layer, optimizer)),
-      }
-      with ocp.StandardCheckpointer() as saver:
-        saver.save(tmp_path / "saved", saved)
-        saver.wait_until_finished()
-        saved = saver.restore(tmp_path / "saved", saved)
-      params, opt_state = saved["linen"]
-      layer = make(seed=7)
-      optimizer = nnx.Optimizer(layer, tx, wrt=nnx.Param)
-      nnx.update((layer, optimizer), saved["nnx"])
-  assert values[-1] < values[0]
+  training.assert_trains_alike(
+    linen, params, lambda: make(seed=7), layer, (x,), target, tx, tmp_path
+  )
