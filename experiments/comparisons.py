@@ -137,16 +137,18 @@ def card(name: str, claim: claims.Procedure, result: Mapping[str, Any]) -> str:
     "",
     *(f"{what}: {told}." for what, told in result["about"].items()),
     *([""] if result["about"] else []),
-    "| arm | " + _cells([f.replace("_", " ") for f in figures] + ["tuned"]),
+    "| arm | " + table_row([f.replace("_", " ") for f in figures] + ["tuned"]),
     "| --- " * (len(figures) + 2) + "|",
   ]
   for arm, found in result["arms"].items():
-    cells = [_mean(found.get(figure)) for figure in figures]
-    lines.append(f"| {arm} | " + _cells([*cells, json.dumps(found["tuned"])]))
+    cells = [shown_mean(found.get(figure)) for figure in figures]
+    lines.append(
+      f"| {arm} | " + table_row([*cells, json.dumps(found["tuned"])])
+    )
   compared = list(dict.fromkeys(e["metric"] for e in result["effects"]))
   lines += [
     "",
-    "| first, second | " + _cells(f.replace("_", " ") for f in compared),
+    "| first, second | " + table_row(f.replace("_", " ") for f in compared),
     "| --- " * (len(compared) + 1) + "|",
   ]
   pairs = {}
@@ -156,7 +158,7 @@ def card(name: str, claim: claims.Procedure, result: Mapping[str, Any]) -> str:
     pair = pairs.setdefault((found["better"], found["worse"]), {})
     pair[found["metric"]] = cell if found["claimed"] else f"({cell})"
   for pair, cells in pairs.items():
-    row = _cells(cells.get(figure, "") for figure in compared)
+    row = table_row(cells.get(figure, "") for figure in compared)
     lines.append(f"| {', '.join(pair)} | {row}")
   lines += [
     "",
@@ -185,7 +187,8 @@ def _arms(result: Mapping[str, Any]) -> Iterable[Mapping]:
   return result["arms"].values()
 
 
-def _mean(found: Mapping[str, float] | None) -> str:
+def shown_mean(found: Mapping[str, float] | None) -> str:
+  """A mean and its interval, or the one value; nothing where there is none."""
   if found is None:
     return ""
   if found["low"] == found["high"]:  # what all seeds have
@@ -193,5 +196,6 @@ def _mean(found: Mapping[str, float] | None) -> str:
   return str(intervals.Interval.of(found))
 
 
-def _cells(cells: Iterable[str]) -> str:
-  return " | ".join(cells) + " |"
+def table_row(values: Iterable[str]) -> str:
+  """The cells of a row of a table, but for what begins it."""
+  return " | ".join(values) + " |"

@@ -286,12 +286,6 @@ def compared(claim: claims.Pruning, rows) -> dict[str, Any]:
   return {"verdict": f"{count} of {len(verdicts)}", "effects": effects}
 
 
-def _shown(value: Mapping[str, float]) -> str:
-  if value["low"] == value["high"]:  # what all seeds have
-    return f"{value['mean']:,.10g}"
-  return str(intervals.Interval.of(value))
-
-
 def pruning_card(
   name: str, claim: claims.Pruning, result: Mapping[str, Any]
 ) -> str:
@@ -371,7 +365,9 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
     "| --- | " + "--- | " * len(metrics) + "--- | --- |",
   ]
   for arm, values in result["arms"].items():
-    cells = " | ".join(_shown(values[metric]) for metric in metrics)
+    cells = " | ".join(
+      comparisons.shown_mean(values[metric]) for metric in metrics
+    )
     lines.append(
       f"| {arm} | {cells} | {values['training_flops']:.3g} | "
       f"{json.dumps(values['tuned'])} |"
@@ -387,7 +383,7 @@ def card(name: str, claim: claims.Claim, result: Mapping[str, Any]) -> str:
   ]
   pairs = {}
   for effect in result["effects"]:
-    cell = _shown(effect)
+    cell = comparisons.shown_mean(effect)
     if len(compared) > 1:  # the verdict is of all metrics together
       interval = intervals.Interval.of(effect)
       cell = f"{intervals.WORDS[intervals.verdict([interval])]}: {cell}"

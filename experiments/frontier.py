@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments import claims
+from experiments import comparisons
 from experiments import dictionary
 from experiments import intervals
 
@@ -111,7 +112,8 @@ def card(name: str, claim: claims.Frontier, result: Mapping[str, Any]) -> str:
     "is undecided where zero is in it. One interval in twenty is wrong by "
     "chance. Of pairs in brackets nothing is claimed, and they do not count.",
     "",
-    "| first, second | figure | " + _cells(f"at L0 {x:g}" for x in claim.at),
+    "| first, second | figure | "
+    + comparisons.table_row(f"at L0 {x:g}" for x in claim.at),
     "| --- " * (len(claim.at) + 2) + "|",
   ]
   pairs = {}
@@ -126,26 +128,22 @@ def card(name: str, claim: claims.Frontier, result: Mapping[str, Any]) -> str:
     pair = pair if effect["claimed"] else f"({pair})"
     pairs.setdefault((pair, effect["figure"]), []).append(cell)
   for (pair, figure), cells in pairs.items():
-    lines.append(f"| {pair} | {figure} | " + _cells(cells))
+    lines.append(f"| {pair} | {figure} | " + comparisons.table_row(cells))
   figures = [*dictionary.COLUMNS]
   lines += [
     "",
-    "| variant | level | " + _cells(figures),
+    "| variant | level | " + comparisons.table_row(figures),
     "| --- " * (len(figures) + 2) + "|",
   ]
   for bound, kept in result["bounds"].items():
     cells = [f"{kept[c]:.4f}" if c in kept else "" for c in figures]
-    lines.append(f"| {bound} | | " + _cells(cells))
+    lines.append(f"| {bound} | | " + comparisons.table_row(cells))
   for (variant, level), rows in dictionary.grouped(result["rows"]).items():
     cells = [str(intervals.of_mean([row[c] for row in rows])) for c in figures]
-    lines.append(f"| {variant} | {level:g} | " + _cells(cells))
+    lines.append(f"| {variant} | {level:g} | " + comparisons.table_row(cells))
   lines += [
     "",
     f"jax {result['jax']}; `python -m experiments.fidelity --claim={name}`",
     "",
   ]
   return "\n".join(lines)
-
-
-def _cells(cells: Iterable[str]) -> str:
-  return " | ".join(cells) + " |"
